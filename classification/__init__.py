@@ -1,0 +1,1 @@
+"""Image classification: the pretraining task of the image encoder."""

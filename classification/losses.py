@@ -1,0 +1,30 @@
+"""Classification losses on logits."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def smooth_targets(labels: Tensor, num_classes: int, smoothing: float) -> Tensor:
+    """Labels (B,) int64, or soft targets (B, C), to smoothed targets (B, C) float32.
+
+    Smoothing moves this share of the mass to all classes alike.
+    """
+    if labels.ndim == 1:
+        labels = F.one_hot(labels, num_classes)
+    return labels.float() * (1 - smoothing) + smoothing / num_classes
+
+
+def softmax_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy with soft targets (B, C): 0-D, mean over the batch."""
+    return F.cross_entropy(logits.float(), targets)
+
+
+def sigmoid_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """Binary cross-entropy summed over classes, mean over the batch (big_vision, vmoe)."""
+    terms = F.binary_cross_entropy_with_logits(logits.float(), targets, reduction="none")
+    return terms.sum(dim=-1).mean()
+
+
+LOSSES = {"softmax": softmax_loss, "sigmoid": sigmoid_loss}

@@ -1,0 +1,1 @@
+"""Contrastive training of an image tower with a text tower."""

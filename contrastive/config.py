@@ -1,0 +1,56 @@
+"""Settings of the dual encoder and its loss: plain dataclasses, free of heavy imports."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass
+class ImageTowerConfig:
+    """The image tower: a model registered in `encoders.variants`, with a linear projection."""
+
+    name: str = "soft_moe_vit_small_patch16_224"
+    """Any timm name works; ours begin with `soft_moe_vit_`."""
+    init_from: str | None = None
+    """Classification checkpoint (or run directory) whose trunk weights are loaded."""
+    frozen: bool = False
+    """Keep the trunk as it is; the projection is still trained."""
+    drop_path: float = 0.0
+    """Stochastic depth rate of the last block."""
+    patch_dropout: float = 0.0
+    """Share of patches dropped in training."""
+
+
+@dataclass
+class TextTowerConfig:
+    """The text tower: open_clip's transformer, or a Hugging Face model from a local folder."""
+
+    kind: Literal["open_clip", "hugging_face"] = "open_clip"
+    width: int = 512
+    heads: int = 8
+    layers: int = 12
+    context_length: int = 77
+    """Tokens per caption; longer captions are cut."""
+    folder: str = ""
+    """Local folder with model and tokenizer, for hugging_face."""
+    projection: Literal["linear", "mlp"] = "linear"
+    """Head on a Hugging Face model; it is trained even when the model is frozen."""
+    frozen: bool = False
+    """Keep the text tower as it is."""
+
+
+@dataclass
+class ContrastiveConfig:
+    """Embedding width and loss."""
+
+    embed_dim: int = 512
+    """Width of the space that images and texts share."""
+    loss: Literal["clip", "siglip"] = "clip"
+    """clip: softmax over the batch in both directions; siglip: one sigmoid per pair."""
+    logit_scale: float | None = None
+    """Initial logit scale; null is 1 / 0.07 for clip and 10 for siglip."""
+    logit_bias: float | None = None
+    """Initial logit bias for siglip; null is -10. clip has none."""
+    max_logit_scale: float = 100.0
+    """The logit scale is clamped to this after every step; 0 turns the clamp off."""

@@ -1,0 +1,90 @@
+"""The dual encoder: open_clip's own model class around our timm-registered image tower."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import timm
+from open_clip.model import CustomTextCLIP
+
+import encoders.variants  # noqa: F401  (registers the image towers with timm)
+from contrastive.config import ContrastiveConfig, ImageTowerConfig, TextTowerConfig
+from encoders.text_towers import hugging_face_text_config, open_clip_text_config
+from training.checkpoint import CheckpointError, load_tensors, load_weights, newest_checkpoint
+
+
+def image_size_of(name: str) -> int:
+    """Pixels per side that the named timm model expects."""
+    config = timm.get_pretrained_cfg(name)
+    if config is None or config.input_size is None:
+        raise ValueError(f"image tower '{name}' is unknown: see encoders/variants.py for names")
+    return config.input_size[-1]
+
+
+def model_config(
+    image: ImageTowerConfig, text: TextTowerConfig, contrastive: ContrastiveConfig
+) -> dict[str, Any]:
+    """The model as open_clip describes it: what goes into `open_clip_config.json`."""
+    if not timm.is_model(image.name):
+        raise ValueError(f"image tower '{image.name}' is unknown: see encoders/variants.py")
+    if text.kind == "open_clip":
+        text_config = open_clip_text_config(
+            text.width, text.heads, text.layers, text.context_length
+        )
+    else:
+        text_config = hugging_face_text_config(text.folder, text.context_length, text.projection)
+    vision_config = {
+        "timm_model_name": image.name,
+        "timm_model_pretrained": False,
+        "timm_pool": "avg",
+        "timm_proj": "linear",
+        "image_size": image_size_of(image.name),
+    }
+    if image.drop_path:
+        vision_config["timm_drop_path"] = image.drop_path
+    if image.patch_dropout:
+        vision_config["patch_dropout"] = image.patch_dropout
+    config: dict[str, Any] = {
+        "embed_dim": contrastive.embed_dim,
+        "vision_cfg": vision_config,
+        "text_cfg": text_config,
+        "custom_text": True,
+    }
+    siglip = contrastive.loss == "siglip"
+    scale = contrastive.logit_scale or (10.0 if siglip else 1 / 0.07)
+    config["init_logit_scale"] = math.log(scale)
+    if siglip:
+        config["init_logit_bias"] = (
+            -10.0 if contrastive.logit_bias is None else contrastive.logit_bias
+        )
+    return config
+
+
+def build_dual_encoder(config: dict[str, Any]) -> CustomTextCLIP:
+    """A fresh model from `model_config`; open_clip's factory builds the same one."""
+    arguments = {name: value for name, value in config.items() if name != "custom_text"}
+    return CustomTextCLIP(**arguments, output_dict=True)
+
+
+def load_image_trunk(model: CustomTextCLIP, source: str) -> None:
+    """Load a classification checkpoint into the image trunk; its head is left out.
+
+    Args:
+        source: a run directory, a checkpoint folder, or a safetensors file.
+
+    Raises:
+        CheckpointError: nothing there, or parameters differ from the trunk's.
+    """
+    path = Path(source)
+    if (path / "checkpoints").is_dir():
+        newest, _ = newest_checkpoint(path / "checkpoints")
+        if newest is None:
+            raise CheckpointError(f"image.init_from '{source}' holds no complete checkpoint")
+        path = newest
+    if path.is_dir():
+        path = path / "model.safetensors"
+    tensors = load_tensors(path)
+    trunk = model.visual.trunk
+    load_weights(trunk, {k: v for k, v in tensors.items() if not k.startswith("head.")}, str(path))

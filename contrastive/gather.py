@@ -1,0 +1,47 @@
+"""Gathering features from all processes with a gradient that flows back to each of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, distributed
+
+
+class _GatherRows(torch.autograd.Function):
+    """Forward: rows of all processes, in rank order. Backward: sum the gradients that all
+    processes hold for this process's rows (not the mean: each process's loss is a different
+    function of them)."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor) -> Tensor:
+        ctx.count = len(rows)
+        parts = [torch.empty_like(rows) for _ in range(distributed.get_world_size())]
+        distributed.all_gather(parts, rows.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        gradient = gradients[0].contiguous()
+        distributed.all_reduce(gradient)
+        start = distributed.get_rank() * ctx.count
+        return gradient[start : start + ctx.count]
+
+
+def gather_rows(rows: Tensor) -> Tensor:
+    """(b, ...) on each process to (B, ...) on all, differentiable; the rows themselves alone."""
+    if world_size() == 1:
+        return rows
+    return _GatherRows.apply(rows)  # pyrefly: ignore
+
+
+def world_size() -> int:
+    """Number of training processes."""
+    if distributed.is_available() and distributed.is_initialized():
+        return distributed.get_world_size()
+    return 1
+
+
+def rank() -> int:
+    """Number of this process."""
+    return distributed.get_rank() if world_size() > 1 else 0

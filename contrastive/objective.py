@@ -1,0 +1,114 @@
+"""Contrastive training as an objective for the loop."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from open_clip.model import CustomTextCLIP
+from torch import Tensor, nn
+
+from contrastive.config import ContrastiveConfig
+from contrastive.gather import gather_rows, rank
+from contrastive.losses import clip_loss, normalize_features, siglip_loss
+from encoders.pixels import Normalize
+from training.objective import Batch, Metrics, Objective
+
+
+class ContrastiveObjective(Objective):
+    """CLIP or SigLIP loss of a dual encoder over the global batch.
+
+    Batches hold `image` uint8 (b, 3, H, W), `text` int64 (b, L) and optionally `group` int64 (b,)
+    (see `contrastive.losses`). Every process contributes its own rows and sees everybody's
+    columns, so that gradients equal those of one process with the whole batch.
+
+    Args:
+        model: an open_clip dual encoder.
+        model_config: its description, saved with every checkpoint as `open_clip_config.json`.
+        config: the loss.
+        mean, std: pixel normalisation of the image tower.
+        frozen: parts that are not trained; they get no gradient and stay in eval mode.
+    """
+
+    weights_file = "open_clip_model.safetensors"
+    splits_batches = False
+
+    def __init__(
+        self,
+        model: CustomTextCLIP,
+        model_config: dict[str, Any],
+        config: ContrastiveConfig,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        frozen: tuple[nn.Module, ...] = (),
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.model_config, self.config = model_config, config
+        self.mean, self.std = mean, std
+        self.normalize = Normalize(mean, std)
+        self._frozen = frozen
+        for part in frozen:
+            part.requires_grad_(False)
+        self.train()
+
+    def train(self, mode: bool = True) -> ContrastiveObjective:
+        super().train(mode)
+        for part in self._frozen:
+            part.eval()
+        return self
+
+    def forward(self, batch: Batch) -> tuple[Tensor, Metrics]:
+        features = self.model(self.normalize(batch["image"]), batch["text"])
+        with torch.autocast(batch["image"].device.type, enabled=False):
+            image = normalize_features(features["image_features"])
+            text = normalize_features(features["text_features"])
+            return self.loss(image, text, features, batch.get("group"))
+
+    def loss(
+        self, image: Tensor, text: Tensor, features: dict[str, Tensor], groups: Tensor | None
+    ) -> tuple[Tensor, Metrics]:
+        """Loss and metrics from unit rows (b, D) of this process."""
+        all_groups = None if groups is None else gather_rows(groups)
+        all_text, offset = gather_rows(text), rank() * len(image)
+        scale = features["logit_scale"].float()
+        if self.config.loss == "siglip":
+            bias = features["logit_bias"].float()
+            loss = siglip_loss(image, all_text, scale, bias, offset, groups, all_groups)
+        else:
+            all_image = gather_rows(image)
+            loss = clip_loss(image, text, all_image, all_text, scale, offset, groups, all_groups)
+        with torch.no_grad():
+            own = torch.arange(len(image), device=image.device) + offset
+            accuracy = ((image @ all_text.T).argmax(dim=1) == own).float().mean()
+        metrics = {"batch_accuracy": accuracy, "logit_scale": scale.detach()}
+        if self.config.loss == "siglip":
+            metrics["logit_bias"] = features["logit_bias"].detach().float()
+        return loss, metrics
+
+    def no_weight_decay(self) -> set[str]:
+        trunk = self.model.visual.trunk
+        names = {f"visual.trunk.{name}" for name in trunk.no_weight_decay()}
+        # The second is how open_clip's own text transformer calls its position embedding.
+        names |= {"logit_scale", "logit_bias", "text.positional_embedding"}
+        return names & {name for name, _ in self.model.named_parameters()}
+
+    def after_step(self) -> None:
+        if self.config.max_logit_scale:
+            with torch.no_grad():
+                self.model.logit_scale.clamp_(max=math.log(self.config.max_logit_scale))
+
+    def config_files(self) -> dict[str, dict[str, Any]]:
+        preprocess = {
+            "mean": list(self.mean),
+            "std": list(self.std),
+            "interpolation": "bicubic",
+            "resize_mode": "squash",
+        }
+        return {
+            "open_clip_config.json": {
+                "model_cfg": self.model_config,
+                "preprocess_cfg": preprocess,
+            }
+        }

@@ -1,0 +1,1 @@
+"""Data pipelines: what turns shards into batches."""

@@ -1,0 +1,78 @@
+"""Reading captions and labels out of the members of a sample."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+
+import torch
+
+
+class FieldError(ValueError):
+    """A member that cannot be used; the message is the reason, in a few words."""
+
+
+def member_of(key: str) -> str:
+    """Extension of the member that `key` reads: 'txt' for 'txt', 'json' for 'json:caption'."""
+    return key.partition(":")[0]
+
+
+def read_field(key: str, data: bytes | None) -> object:
+    """Text of a member, or one field of a JSON member for keys such as 'json:caption'.
+
+    Raises:
+        FieldError: the member or the field is missing or cannot be parsed.
+    """
+    member, _, field = key.partition(":")
+    if data is None:
+        raise FieldError(f"no {member} member")
+    text = data.decode("utf-8", errors="replace")
+    if not field:
+        return text
+    try:
+        record = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise FieldError(f"broken {member} member") from error
+    if not isinstance(record, dict) or record.get(field) is None:
+        raise FieldError(f"no field '{field}' in {member}")
+    return record[field]
+
+
+def captions_of(value: object) -> list[str]:
+    """Non-empty captions: one per line of a text, or the entries of a list.
+
+    Raises:
+        FieldError: there is none.
+    """
+    lines = value if isinstance(value, list) else str(value).splitlines()
+    captions = [str(line).strip() for line in lines if str(line).strip()]
+    if not captions:
+        raise FieldError("no caption")
+    return captions
+
+
+def draw_caption(captions: list[str]) -> str:
+    """One of the captions, from torch's default generator."""
+    if len(captions) == 1:
+        return captions[0]
+    return captions[int(torch.randint(len(captions), ()))]
+
+
+def label_of(value: object, num_classes: int) -> int:
+    """An integer label in [0, num_classes).
+
+    Raises:
+        FieldError: not an integer, or out of range.
+    """
+    try:
+        label = int(str(value).strip())
+    except ValueError as error:
+        raise FieldError("label is no integer") from error
+    if not 0 <= label < num_classes:
+        raise FieldError(f"label outside 0..{num_classes - 1}")
+    return label
+
+
+def group_of(value: object) -> int:
+    """A 63-bit number that is the same for equal values, in every process and run."""
+    return int.from_bytes(hashlib.sha256(str(value).encode()).digest()[:8], "big") >> 1

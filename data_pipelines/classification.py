@@ -1,0 +1,87 @@
+"""Pictures with one integer label, from webdataset shards: the classification stream."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from data_pipelines.captions import FieldError, label_of, member_of, read_field
+from data_pipelines.config import ClassificationConfig
+from data_pipelines.image_text import read_image
+from data_pipelines.shards import ShardError, ShardIndex, ShardReader, expand_shards, index_shards
+from data_pipelines.stream import SkipSample, Stream
+from data_pipelines.transforms import train_transform
+
+
+def read_lines(path: str) -> list[str]:
+    """Non-empty lines of a text file, such as class names.
+
+    Raises:
+        ShardError: the file is missing or empty.
+    """
+    try:
+        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
+    except (FileNotFoundError, IsADirectoryError) as error:
+        raise ShardError(f"'{path}' is not a file: it should hold one name per line") from error
+    lines = [line for line in lines if line]
+    if not lines:
+        raise ShardError(f"'{path}' is empty: it should hold one name per line")
+    return lines
+
+
+class ClassificationLoader:
+    """Loads one sample as {image uint8 (3, S, S), label int64 (), key}."""
+
+    def __init__(
+        self, index: ShardIndex, config: ClassificationConfig, image_size: int, num_classes: int
+    ) -> None:
+        index.require("picture", config.image_keys)
+        index.require("label", [member_of(config.label_key)])
+        self.reader, self.config, self.num_classes = ShardReader(index), config, num_classes
+        self.transform = train_transform(image_size, config.augmentation)
+
+    def __call__(self, sample: int) -> dict[str, Any]:
+        config, reader = self.config, self.reader
+        try:
+            member = reader.read(sample, member_of(config.label_key))
+            label = label_of(read_field(config.label_key, member), self.num_classes)
+        except FieldError as error:
+            raise SkipSample(str(error)) from error
+        image = read_image(reader, sample, config.image_keys, config.max_pixels)
+        return {
+            "image": self.transform(image),
+            "label": torch.tensor(label),
+            "key": str(reader.index.keys[sample]),
+        }
+
+
+def classification_stream(
+    config: ClassificationConfig,
+    *,
+    image_size: int,
+    num_classes: int,
+    seed: int,
+    global_batch: int,
+    rank: int = 0,
+    world: int = 1,
+    workers: int = 0,
+) -> Stream:
+    """Open the shards of `config` as a classification training stream.
+
+    Raises:
+        ShardError: missing, empty or unsuitable shards, or fewer samples than a batch.
+    """
+    index = index_shards(expand_shards(config.shards))
+    return Stream(
+        index,
+        ClassificationLoader(index, config, image_size, num_classes),
+        seed=seed,
+        shuffle=config.shuffle,
+        window=config.shuffle_window,
+        global_batch=global_batch,
+        rank=rank,
+        world=world,
+        workers=workers,
+    )

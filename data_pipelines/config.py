@@ -1,0 +1,80 @@
+"""Settings of the data streams: plain dataclasses, free of heavy imports."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass
+class AugmentationConfig:
+    """Training-time changes to a picture; everything is off by default except the crop.
+
+    The defaults are CLIP's random resized crop. The Soft MoE recipe is `crop_scale: [0.05, 1.0]`
+    and `flip: 0.5` (inception crop, google-research/vmoe).
+    """
+
+    crop_scale: tuple[float, float] = (0.9, 1.0)
+    """Smallest and largest share of the picture's area that a crop keeps; [1, 1] only resizes."""
+    crop_ratio: tuple[float, float] = (0.75, 1.3333)
+    """Smallest and largest aspect ratio of the crop."""
+    flip: float = 0.0
+    """Probability of a horizontal flip."""
+    rotate: float = 0.0
+    """Largest rotation, degrees, in either direction."""
+    translate: float = 0.0
+    """Largest shift, as a share of the picture's side."""
+    zoom: tuple[float, float] = (1.0, 1.0)
+    """Smallest and largest scale of the affine change; values below 1 show the background."""
+    background: int = 255
+    """Grey level (0 to 255) behind a rotated, shifted or shrunken picture."""
+    brightness: float = 0.0
+    """Largest relative change of brightness."""
+    contrast: float = 0.0
+    """Largest relative change of contrast."""
+    saturation: float = 0.0
+    """Largest relative change of saturation."""
+    hue: float = 0.0
+    """Largest change of hue, as a share of the colour circle (at most 0.5)."""
+    grayscale: float = 0.0
+    """Probability of dropping colour."""
+
+
+@dataclass
+class StreamConfig:
+    """Which shards are read, and in what order."""
+
+    shards: str = ""
+    """Shard pattern: a path, `{0000..0099}` ranges, `*` globs, several joined by `::`."""
+    image_keys: list[str] = field(default_factory=lambda: ["jpg", "jpeg", "png", "webp"])
+    """Member extensions that hold the picture, the first present one is used."""
+    shuffle: bool = True
+    """Reshuffle samples every epoch; false reads them in shard order."""
+    shuffle_window: int = 200_000
+    """Samples that are shuffled together, after shards have been shuffled."""
+    workers: int | None = None
+    """Loader processes for each training process; null chooses from the cores that are there."""
+    max_pixels: int = 64_000_000
+    """Pictures with more pixels are skipped and counted."""
+
+
+@dataclass
+class ImageTextConfig(StreamConfig):
+    """A stream of pictures with captions."""
+
+    caption_key: str = "txt"
+    """Member with one caption per line, or `json:field` for a field of the json member."""
+    group_key: str | None = None
+    """`json:field` (or an extension) whose equal values mark pairs that show the same thing, so
+    that the losses do not treat them as negatives of each other; null leaves this off."""
+    augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
+
+
+@dataclass
+class ClassificationConfig(StreamConfig):
+    """A stream of pictures with one integer label."""
+
+    label_key: str = "cls"
+    """Member that holds the label, or `json:field` for a field of the json member."""
+    classnames: str = ""
+    """File with one class name per line; its length is the number of classes."""
+    augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)

@@ -1,0 +1,1 @@
+"""Image and text encoders: what turns pixels or token ids into vectors."""

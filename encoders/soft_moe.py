@@ -1,0 +1,141 @@
+"""Soft MoE layer (Puigcerver et al., "From Sparse to Soft Mixtures of Experts", arXiv 2308.00951).
+
+Every slot is a weighted average of all tokens (dispatch), every expert processes its own slots,
+and every token is a weighted average of all slot outputs (combine). Nothing is dropped, nothing is
+sorted, and one image never influences another.
+
+Shape legend: B images, M tokens, d width, E experts, P slots per expert, S = E * P slots. Flat
+slot s belongs to expert s // P.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from encoders.experts import ExpertMLP
+
+# Inside the root, as in google-research/vmoe `vmoe/projects/soft_moe/router.py`; the paper's
+# Algorithm 2 adds it to the norm instead, which differs measurably for many experts.
+NORM_EPS = 1e-6
+# Standard deviation of a unit normal truncated to [-2, 2].
+TRUNCATED_STD = 0.87962566103423978
+
+
+class RoutingWeights(NamedTuple):
+    """What the router decided, all float32 (or wider): logits, dispatch and combine, (B, M, S)."""
+
+    logits: Tensor
+    dispatch: Tensor
+    combine: Tensor
+
+
+def l2_normalize(x: Tensor, dim: int) -> Tensor:
+    """Divide by sqrt(sum of squares + 1e-6) along `dim`; finite for a zero vector."""
+    return x * torch.rsqrt(x.square().sum(dim, keepdim=True) + NORM_EPS)
+
+
+class SoftMoE(nn.Module):
+    """Soft MoE in place of a transformer block's MLP: (B, M, d) to (B, M, d).
+
+    Router parameters: `phi` (d, E, P), one vector per slot, and `scale`, a 0-D tensor that
+    multiplies the logits (init 1, unconstrained). Logits are the products of L2-normalised tokens
+    and L2-normalised `phi`; the tokens that are averaged into slots are *not* normalised (paper
+    section 2.3, and the public router). Logits and both softmaxes run in float32 even under
+    autocast; the two mixtures and the experts run in the compute dtype.
+
+    Args:
+        dim: token width d.
+        num_experts: E.
+        slots_per_expert: P. The paper finds 1 best at equal cost; cost follows E * P.
+        hidden_dim: hidden width of an expert, 4 * dim when None.
+        normalize: L2-normalise tokens and phi (the default); false is the paper's ablation.
+        noise_std: standard deviation of normal noise on the logits, in training only.
+        identical_experts: start all experts equal, as the released configurations do.
+        dropout: dropout inside the experts.
+
+    Raises:
+        ValueError: a size is not positive or noise_std is negative.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_experts: int,
+        slots_per_expert: int = 1,
+        hidden_dim: int | None = None,
+        *,
+        normalize: bool = True,
+        noise_std: float = 0.0,
+        identical_experts: bool = True,
+        dropout: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if slots_per_expert < 1:
+            raise ValueError(f"slots_per_expert must be at least 1, got {slots_per_expert}")
+        if noise_std < 0:
+            raise ValueError(f"noise_std must not be negative, got {noise_std}")
+        self.normalize = normalize
+        self.noise_std = noise_std
+        kwargs = {"device": device, "dtype": dtype}
+        self.experts = ExpertMLP(
+            num_experts,
+            dim,
+            4 * dim if hidden_dim is None else hidden_dim,
+            identical_init=identical_experts,
+            dropout=dropout,
+            **kwargs,
+        )
+        self.phi = nn.Parameter(torch.empty(dim, num_experts, slots_per_expert, **kwargs))
+        self.scale = nn.Parameter(torch.empty((), **kwargs))
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """LeCun normal for phi with fan-in d * E (its first two axes, as the reference), scale 1.
+
+        The experts initialise themselves.
+        """
+        dim, experts, _ = self.phi.shape
+        std = math.sqrt(1.0 / (dim * experts)) / TRUNCATED_STD
+        nn.init.trunc_normal_(self.phi, std=std, a=-2 * std, b=2 * std)
+        nn.init.ones_(self.scale)
+
+    def no_weight_decay(self) -> set[str]:
+        """Names, relative to this layer, that an optimizer must not decay."""
+        return {"phi", "scale", "experts.fc1_bias", "experts.fc2_bias"}
+
+    def route(self, x: Tensor) -> RoutingWeights:
+        """Router only: tokens (B, M, d) to logits, dispatch weights and combine weights (B, M, S).
+
+        Dispatch sums to 1 over tokens for each slot, combine sums to 1 over slots for each token.
+        """
+        with torch.autocast(x.device.type, enabled=False):
+            wide = torch.promote_types(x.dtype, torch.float32)
+            tokens, phi = x.to(wide), self.phi.to(wide).flatten(1)
+            if self.normalize:
+                tokens, phi = l2_normalize(tokens, -1), l2_normalize(phi, 0)
+            logits = tokens @ (self.scale.to(wide) * phi)
+            if self.training and self.noise_std > 0:
+                logits = logits + self.noise_std * torch.randn_like(logits)
+            return RoutingWeights(logits, logits.softmax(dim=1), logits.softmax(dim=2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map tokens (B, M, d) to (B, M, d) in the dtype of `x` (or of autocast)."""
+        _, dispatch, combine = self.route(x)
+        _, experts, slots_per_expert = self.phi.shape
+        batch, _, dim = x.shape
+        slots = dispatch.to(x.dtype).transpose(1, 2) @ x  # (B, S, d)
+        slots = slots.view(batch, experts, slots_per_expert, dim).transpose(0, 1)
+        outputs = self.experts(slots.reshape(experts, batch * slots_per_expert, dim))
+        outputs = outputs.view(experts, batch, slots_per_expert, dim).transpose(0, 1)
+        outputs = outputs.reshape(batch, experts * slots_per_expert, dim)
+        return combine.to(outputs.dtype) @ outputs
+
+    def extra_repr(self) -> str:
+        dim, experts, slots = self.phi.shape
+        return f"dim={dim}, num_experts={experts}, slots_per_expert={slots}"

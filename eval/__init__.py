@@ -1,0 +1,1 @@
+"""Evaluation protocols: what a model scores, by one written definition per metric."""

@@ -1,0 +1,64 @@
+"""Accuracy of a classifier on one set of labelled pictures."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from data_pipelines.evaluation import EvaluationSet
+from encoders.pixels import Normalize
+from eval.config import EvaluationSetConfig
+from eval.gather import gather_variable, process
+from eval.retrieval import ranks_from_similarity
+from eval.zero_shot import accuracy_from_ranks
+
+
+class ClassificationEvaluator:
+    """Top-1, top-5 and mean per-class recall from the logits of `model(images)`."""
+
+    def __init__(
+        self,
+        config: EvaluationSetConfig,
+        image_size: int,
+        num_classes: int,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+    ) -> None:
+        self.config, self.num_classes = config, num_classes
+        self.name = config.name or Path(config.shards).parent.name
+        self.normalize = Normalize(mean, std)
+        self.dataset = EvaluationSet(
+            config.shards,
+            image_size,
+            image_keys=config.image_keys,
+            label_key=config.label_key,
+            num_classes=num_classes,
+            resize_mode=config.resize_mode,
+        )
+
+    @torch.inference_mode()
+    def __call__(self, model: nn.Module) -> dict[str, float | None]:
+        rank, world = process()
+        device = next(model.parameters()).device
+        ranks, labels = [], []
+        skipped: Counter[str] = Counter()
+        for batch in self.dataset.batches(self.config.batch_size, rank, world):
+            skipped.update(batch.pop("skipped"))
+            if not batch:
+                continue
+            logits = model(self.normalize(batch["image"].to(device))).float().cpu()
+            own = torch.tensor(batch["label"])
+            ranks.append(
+                ranks_from_similarity(logits, own[:, None] == torch.arange(self.num_classes))
+            )
+            labels.append(own)
+        empty = torch.empty(0, dtype=torch.int64)
+        all_ranks = gather_variable(torch.cat([empty, *ranks]))
+        all_labels = gather_variable(torch.cat([empty, *labels]))
+        figures = accuracy_from_ranks(all_ranks, all_labels, self.num_classes)
+        if skipped:
+            figures["skipped"] = float(sum(skipped.values()))
+        return figures

@@ -1,0 +1,27 @@
+"""Collecting what processes have measured on their shares of a set."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, distributed
+
+
+def process() -> tuple[int, int]:
+    """Number of this process and how many there are."""
+    if distributed.is_available() and distributed.is_initialized():
+        return distributed.get_rank(), distributed.get_world_size()
+    return 0, 1
+
+
+def gather_variable(rows: Tensor) -> Tensor:
+    """Concatenate CPU tensors (n_r, ...) of all processes in rank order; n_r may differ.
+
+    Raises:
+        RuntimeError: from torch, when trailing shapes differ between processes that have rows.
+    """
+    _, world = process()
+    if world == 1:
+        return rows
+    parts: list[Tensor] = [torch.empty(0)] * world
+    distributed.all_gather_object(parts, rows)
+    return torch.cat([part for part in parts if len(part)] or [rows])

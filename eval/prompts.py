@@ -1,0 +1,124 @@
+"""Class names and templates become the prompts of zero-shot classification."""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+_PLACEHOLDER = "{}"
+_NAMED_PLACEHOLDER = "{c}"
+_DELETE_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+def canonicalize_text(text: str, keep: str | None = None) -> str:
+    """Lower-case `text`, drop ASCII punctuation and collapse white space, as big_vision does.
+
+    Underscores become spaces first; hyphens and apostrophes are deleted, not spaced. Text towers
+    trained on cased, punctuated captions want this off.
+
+    Args:
+        text: Any string.
+        keep: An exact string that survives, such as "{}" in templates or "," in class names.
+
+    Source: google-research/big_vision, `evaluators/proj/image_text/prompt_engineering.py`.
+    """
+    text = text.replace("_", " ")
+    parts = text.split(keep) if keep else [text]
+    text = (keep or "").join(part.translate(_DELETE_PUNCTUATION) for part in parts)
+    return " ".join(text.lower().split())
+
+
+def read_classnames(path: str | Path) -> list[str]:
+    """Read class names from a UTF-8 text file, line i naming label i.
+
+    Raises:
+        ValueError: the file has no line, or an empty line that would leave a label nameless.
+    """
+    return _read_lines(Path(path))
+
+
+def read_templates(path: str | Path) -> list[str]:
+    """Read prompt templates from a UTF-8 text file, one per line, and return them with `{}`.
+
+    The class name goes where `{}` stands, or `{c}` as in the files of CLIP_benchmark.
+
+    Raises:
+        ValueError: the file or a line is empty, or a line does not have exactly one placeholder.
+    """
+    lines = _read_lines(Path(path))
+    return [_one_placeholder(line, f"{path}, line {i}") for i, line in enumerate(lines, start=1)]
+
+
+def class_prompts(
+    classnames: Sequence[str],
+    templates: Sequence[str],
+    canonicalize: bool = False,
+    *,
+    aliases: Literal["first", "all", "none"] = "none",
+) -> list[list[str]]:
+    """Fill every template with every class name.
+
+    Args:
+        classnames: C names, in label order; a name may list aliases separated by commas.
+        templates: Strings with exactly one `{}` or `{c}`.
+        canonicalize: Pass names and templates through `canonicalize_text`, keeping the commas of
+            the names and the placeholders of the templates.
+        aliases: "none" takes a name as it stands, commas included; "first" takes what precedes
+            the first comma (the default of big_vision); "all" gives every alias its prompts,
+            which share one class vector.
+
+    Returns:
+        C lists of prompts, alias by alias and template by template.
+
+    Raises:
+        ValueError: no template, a bad template, an unknown `aliases`, or a class left without
+            a name (the message says which).
+    """
+    if not templates:
+        raise ValueError('no prompt templates; pass at least one, such as "a photo of a {}."')
+    forms = [_one_placeholder(text, f"template {text!r}") for text in templates]
+    if canonicalize:
+        forms = [canonicalize_text(form, keep=_PLACEHOLDER) for form in forms]
+    prompts = []
+    for index, classname in enumerate(classnames):
+        names = _split_aliases(
+            canonicalize_text(classname, keep=",") if canonicalize else classname, aliases
+        )
+        if not names:
+            raise ValueError(f"class {index} ({classname!r}) has no name to put into a prompt")
+        prompts.append([form.replace(_PLACEHOLDER, name) for name in names for form in forms])
+    return prompts
+
+
+def _split_aliases(name: str, aliases: str) -> list[str]:
+    if aliases not in ("first", "all", "none"):
+        raise ValueError(f'aliases must be "first", "all" or "none", got {aliases!r}')
+    parts = [name] if aliases == "none" else name.split(",")
+    names = [part.strip() for part in parts if part.strip()]
+    return names[:1] if aliases == "first" else names
+
+
+def _one_placeholder(template: str, where: str) -> str:
+    """Return `template` with its one placeholder written `{}`."""
+    count = template.count(_PLACEHOLDER) + template.count(_NAMED_PLACEHOLDER)
+    if count != 1:
+        raise ValueError(
+            f"{where}: {count} placeholders; write {_PLACEHOLDER} exactly once, "
+            "where the class name goes"
+        )
+    return template.replace(_NAMED_PLACEHOLDER, _PLACEHOLDER)
+
+
+def _read_lines(path: Path) -> list[str]:
+    # Split at newlines only: `str.splitlines` also splits at form feeds and the like, and one
+    # extra line would shift every later label.
+    lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").split("\n")]
+    while lines and not lines[-1]:
+        lines.pop()
+    if not lines:
+        raise ValueError(f"{path} is empty; write one entry per line")
+    if "" in lines:
+        raise ValueError(f"{path}, line {lines.index('') + 1} is empty; fill or remove it")
+    return lines

@@ -1,0 +1,151 @@
+"""Zero-shot classification: class vectors from prompts, accuracy from ranks.
+
+A class is the text it is nearest to, so this is retrieval with the C class vectors as the pool,
+under the same tie rule.
+
+Shape legend: N images, C classes, d width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from eval.retrieval import best_ranks, check_indices, unit_rows
+
+
+@torch.no_grad()
+def class_vectors(
+    encode_text: Callable[[list[str]], Tensor],
+    prompts: Sequence[Sequence[str]],
+    batch_size: int = 256,
+) -> Tensor:
+    """Average each class's prompt embeddings into one unit vector.
+
+    Every prompt embedding is normalised before the mean, or long embeddings would outvote short
+    ones, and the mean is normalised again, or classes with agreeing prompts would win.
+
+    Args:
+        encode_text: Maps a list of B strings to (B, d) floating-point embeddings of any scale.
+        prompts: C lists of prompts, as `class_prompts` returns them.
+        batch_size: Prompts encoded at once, across class borders.
+
+    Returns:
+        (C, d) float32 on the device of the embeddings.
+
+    Raises:
+        ValueError: no class, a class without a prompt, a batch size below 1, or an embedding that
+            is not finite.
+
+    Source: big_vision `discriminative_classifier.py`, CLIP_benchmark `zeroshot_classification.py`.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    for index, texts in enumerate(prompts):
+        if not texts:
+            raise ValueError(f"class {index} has no prompt; give every class at least one")
+    flat = [text for texts in prompts for text in texts]
+    owner = torch.tensor([i for i, texts in enumerate(prompts) for _ in texts])
+    sums: Tensor | None = None
+    device = torch.device("cpu")
+    for start in range(0, len(flat), batch_size):
+        part = slice(start, start + batch_size)
+        embeddings = encode_text(flat[part])
+        device = embeddings.device
+        # On the CPU index_add_ adds in order: the same vectors whatever the device or batch size.
+        rows = unit_rows(embeddings, "text embeddings").cpu()
+        if sums is None:
+            sums = rows.new_zeros(len(prompts), rows.shape[1])
+        sums.index_add_(0, owner[part], rows)
+    if sums is None:
+        raise ValueError("no classes; pass the prompts of at least one")
+    # A sum and a mean have the same direction.
+    return F.normalize(sums, dim=1).float().to(device)
+
+
+@torch.no_grad()
+def zero_shot_metrics(
+    image_embeddings: Tensor,
+    labels: Tensor,
+    vectors: Tensor,
+    topk: Sequence[int] = (1, 5),
+    chunk: int = 4096,
+) -> dict[str, float | None]:
+    """Accuracy and mean per-class recall; arguments as `zero_shot_ranks`.
+
+    Returns:
+        What `accuracy_from_ranks` returns.
+
+    Raises:
+        ValueError: as `zero_shot_ranks` and `accuracy_from_ranks`.
+    """
+    ranks = zero_shot_ranks(image_embeddings, labels, vectors, chunk)
+    return accuracy_from_ranks(ranks, labels, len(vectors), topk)
+
+
+@torch.no_grad()
+def zero_shot_ranks(
+    image_embeddings: Tensor, labels: Tensor, vectors: Tensor, chunk: int = 4096
+) -> Tensor:
+    """Rank each image's own class among all classes by cosine similarity.
+
+    The logit scale and bias are left out: they change no rank.
+
+    Args:
+        image_embeddings: (N, d) floating point, of any scale.
+        labels: (N,) int64 in [0, C).
+        vectors: (C, d) from `class_vectors`.
+        chunk: Images scored at once; memory grows with chunk * C.
+
+    Returns:
+        (N,) int64, 0-based: sample i is right at top k if ranks[i] < k.
+
+    Raises:
+        ValueError: shapes that do not fit, an embedding that is not finite, or a label out of
+            range.
+    """
+    images = unit_rows(image_embeddings, "image_embeddings")
+    pool = unit_rows(vectors, "vectors").to(images.device)
+    labels = labels.to(images.device)
+    if labels.shape != images.shape[:1]:
+        raise ValueError(
+            f"labels have shape {tuple(labels.shape)}; they need one class index for each of the "
+            f"{len(images)} images"
+        )
+    check_indices(labels, len(pool), "labels")
+    return best_ranks(images, pool, labels, torch.arange(len(pool), device=pool.device), chunk)
+
+
+def accuracy_from_ranks(
+    ranks: Tensor, labels: Tensor, num_classes: int, topk: Sequence[int] = (1, 5)
+) -> dict[str, float | None]:
+    """Summarise ranks under the names of CLIP_benchmark.
+
+    Args:
+        ranks: (N,) int64 from `zero_shot_ranks`.
+        labels: (N,) int64.
+        num_classes: C.
+        topk: The k of the accuracies.
+
+    Returns:
+        `acc{k}` for every k, the share of samples whose class is in the top k, None where there
+        are fewer than k classes; and `mean_per_class_recall`, the top-1 recall averaged over the
+        classes that occur in `labels`.
+
+    Raises:
+        ValueError: a k below 1.
+    """
+    if any(k < 1 for k in topk):
+        raise ValueError(f"every k must be at least 1, got {list(topk)}")
+    ranks, labels = ranks.cpu(), labels.cpu()
+    metrics: dict[str, float | None] = {
+        f"acc{k}": (ranks < k).double().mean().item() if k <= num_classes else None for k in topk
+    }
+    total = torch.bincount(labels, minlength=num_classes)
+    right = torch.bincount(labels[ranks < 1], minlength=num_classes)
+    present = total > 0
+    metrics["mean_per_class_recall"] = (right[present] / total[present].double()).mean().item()
+    return metrics

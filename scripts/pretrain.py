@@ -1,0 +1,69 @@
+"""Pretrain an image encoder on classification shards.
+
+python -m scripts.pretrain --config configs/demo_pretrain.yaml
+accelerate launch --num_processes 8 -m scripts.pretrain --config FILE --a.b value
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from classification.config import ClassifierConfig
+from data_pipelines.config import ClassificationConfig
+from eval.config import EvaluationSetConfig
+from scripts.cli import parse_config, run
+from training.config import OptimizerConfig, ScheduleConfig, TrainConfig
+
+
+@dataclass
+class PretrainRun:
+    """One classification run."""
+
+    run_dir: str = "runs/pretrain"
+    """Folder for settings, logs and checkpoints."""
+    resume: str | None = None
+    """`auto` continues the newest checkpoint of run_dir; a path continues that checkpoint."""
+    seed: int = 0
+    model: ClassifierConfig = field(default_factory=ClassifierConfig)
+    data: ClassificationConfig = field(default_factory=ClassificationConfig)
+    evaluation: list[EvaluationSetConfig] = field(default_factory=list)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+
+def main(argv: list[str] | None = None) -> None:
+    config = parse_config(PretrainRun, argv, __doc__ or "")
+    run(lambda: train(config))
+
+
+def train(config: PretrainRun) -> None:
+    from classification.objective import ClassificationObjective, build_classifier
+    from data_pipelines.classification import classification_stream, read_lines
+    from eval.classification import ClassificationEvaluator
+    from scripts.launch import Launch
+
+    launch = Launch(config)
+    classes = read_lines(config.data.classnames)
+    launch.seed_models()
+    model = build_classifier(config.model, len(classes))
+    settings = model.pretrained_cfg
+    image_size = settings["input_size"][-1]
+    stream = classification_stream(
+        config.data,
+        image_size=image_size,
+        num_classes=len(classes),
+        **launch.stream_options(config.data.workers),
+    )
+    objective = ClassificationObjective(model, config.model, len(classes))
+    evaluators = [
+        ClassificationEvaluator(
+            item, image_size, len(classes), tuple(settings["mean"]), tuple(settings["std"])
+        )
+        for item in config.evaluation
+    ]
+    launch.fit(objective, stream, evaluators)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,84 @@
+"""Train an image tower with a text tower on image-text shards.
+
+python -m scripts.train_contrastive --config configs/demo_contrastive.yaml
+accelerate launch --num_processes 8 -m scripts.train_contrastive --config FILE --a.b value
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from contrastive.config import ContrastiveConfig, ImageTowerConfig, TextTowerConfig
+from data_pipelines.config import ImageTextConfig
+from eval.config import EvaluationSetConfig
+from scripts.cli import parse_config, run
+from training.config import OptimizerConfig, ScheduleConfig, TrainConfig
+
+
+@dataclass
+class ContrastiveRun:
+    """One contrastive training run."""
+
+    run_dir: str = "runs/contrastive"
+    """Folder for settings, logs, checkpoints and the exported model."""
+    resume: str | None = None
+    """`auto` continues the newest checkpoint of run_dir; a path continues that checkpoint."""
+    seed: int = 0
+    image: ImageTowerConfig = field(default_factory=ImageTowerConfig)
+    text: TextTowerConfig = field(default_factory=TextTowerConfig)
+    contrastive: ContrastiveConfig = field(default_factory=ContrastiveConfig)
+    data: ImageTextConfig = field(default_factory=ImageTextConfig)
+    evaluation: list[EvaluationSetConfig] = field(default_factory=list)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+
+def main(argv: list[str] | None = None) -> None:
+    config = parse_config(ContrastiveRun, argv, __doc__ or "")
+    run(lambda: train(config))
+
+
+def train(config: ContrastiveRun) -> None:
+    from contrastive.dual_encoder import (
+        build_dual_encoder,
+        image_size_of,
+        load_image_trunk,
+        model_config,
+    )
+    from contrastive.objective import ContrastiveObjective
+    from data_pipelines.image_text import image_text_stream
+    from encoders.text_towers import build_tokenizer
+    from eval.image_text import ImageTextEvaluator
+    from scripts.launch import Launch
+
+    launch = Launch(config)
+    description = model_config(config.image, config.text, config.contrastive)
+    image_size = image_size_of(config.image.name)
+    tokenizer = build_tokenizer(description["text_cfg"])
+    stream = image_text_stream(
+        config.data,
+        image_size=image_size,
+        tokenize=tokenizer,
+        **launch.stream_options(config.data.workers),
+    )
+    launch.seed_models()
+    model = build_dual_encoder(description)
+    if config.image.init_from is not None and launch.resume is None:
+        load_image_trunk(model, config.image.init_from)
+    settings = model.visual.trunk.pretrained_cfg
+    mean, std = tuple(settings["mean"]), tuple(settings["std"])
+    frozen = ([model.visual.trunk] if config.image.frozen else []) + (
+        [model.text] if config.text.frozen else []
+    )
+    objective = ContrastiveObjective(
+        model, description, config.contrastive, mean, std, tuple(frozen)
+    )
+    evaluators = [
+        ImageTextEvaluator(item, image_size, tokenizer, mean, std) for item in config.evaluation
+    ]
+    launch.fit(objective, stream, evaluators)
+
+
+if __name__ == "__main__":
+    main()

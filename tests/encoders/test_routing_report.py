@@ -1,0 +1,177 @@
+"""Routing statistics, slot choice and the slot map figure."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from encoders import variants
+from encoders.routing_report import (
+    choose_slots,
+    collect_routing,
+    draw_slot_maps,
+    routing_statistics,
+    slot_maps,
+)
+from encoders.soft_moe import RoutingWeights, SoftMoE
+
+
+def thin_model() -> nn.Module:
+    torch.manual_seed(0)
+    name = next(name for name in variants.default_cfgs if "micro" in name)
+    return timm.create_model(
+        name, embed_dim=24, depth=4, moe_blocks=2, num_experts=4, router_noise_std=1.0
+    )
+
+
+def from_logits(logits: Tensor) -> RoutingWeights:
+    return RoutingWeights(logits, logits.softmax(1), logits.softmax(2))
+
+
+def peaked(batch: int, tokens: int, peaks: list[int], strength: float = 50.0) -> Tensor:
+    """Dispatch weights (B, M, S) whose slot s looks at token peaks[s] of every image."""
+    logits = torch.zeros(batch, tokens, len(peaks))
+    for slot, token in enumerate(peaks):
+        logits[:, token, slot] = strength
+    return logits.softmax(1)
+
+
+def test_collects_what_every_layer_decides() -> None:
+    model = thin_model()
+    model.blocks[0].eval()
+    modes = [module.training for module in model.modules()]
+    images = torch.randn(2, 3, 64, 64)
+    inputs: list[Tensor] = []
+    hook = model.blocks[3].mlp.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+    routing = collect_routing(model, images)
+    hook.remove()
+    assert list(routing) == ["blocks.2.mlp", "blocks.3.mlp"]
+    assert [module.training for module in model.modules()] == modes
+    layer = model.blocks[3].mlp
+    assert isinstance(layer, SoftMoE)
+    # Router noise is on in training, so equality shows that the model ran in eval mode.
+    for weights, expected in zip(
+        routing["blocks.3.mlp"], layer.eval().route(inputs[0]), strict=True
+    ):
+        assert weights.shape == (2, 64, 4)
+        assert not weights.requires_grad
+        assert torch.equal(weights, expected)
+    assert not layer._forward_hooks
+
+
+def test_collecting_restores_the_model_after_an_error() -> None:
+    model = thin_model()
+    with pytest.raises(AssertionError, match="Input height"):
+        collect_routing(model, torch.randn(2, 3, 30, 30))
+    assert all(module.training for module in model.modules())
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_a_model_without_router_is_refused() -> None:
+    with pytest.raises(ValueError, match="moe_blocks"):
+        collect_routing(nn.Linear(2, 2), torch.zeros(1, 2))
+
+
+def test_statistics_of_uniform_routing() -> None:
+    statistics = routing_statistics(from_logits(torch.zeros(2, 9, 6)), 3)
+    assert statistics == pytest.approx(
+        {
+            "dispatch_max": 1 / 9,
+            "combine_max": 1 / 6,
+            "dispatch_entropy": 1.0,
+            "combine_entropy": 1.0,
+            "expert_importance_cv": 0.0,
+            "starved_tokens": 0.0,
+        }
+    )
+
+
+def test_statistics_of_routing_to_one_token_and_one_expert() -> None:
+    dispatch = peaked(1, 4, [2, 2, 2, 2])
+    combine = torch.tensor([1.0, 0.0, 0.0, 0.0]).expand(1, 4, 4)
+    statistics = routing_statistics(RoutingWeights(dispatch, dispatch, combine), 2)
+    assert statistics == pytest.approx(
+        {
+            "dispatch_max": 1.0,
+            "combine_max": 1.0,
+            "dispatch_entropy": 0.0,
+            "combine_entropy": 0.0,
+            "expert_importance_cv": 1.0,
+            "starved_tokens": 0.75,
+        }
+    )
+
+
+def test_importance_groups_slots_by_expert() -> None:
+    # Slots 0 and 1 belong to expert 0: unequal slots, equal experts.
+    combine = torch.tensor([0.5, 0.0, 0.2, 0.3]).expand(1, 3, 4)
+    weights = RoutingWeights(combine, torch.full((1, 3, 4), 1 / 3), combine)
+    assert routing_statistics(weights, 2)["expert_importance_cv"] == pytest.approx(0.0, abs=1e-6)
+    # Population spread over the mean of (.5, 0, .2, .3).
+    assert routing_statistics(weights, 4)["expert_importance_cv"] == pytest.approx(0.7211, rel=1e-4)
+
+
+@pytest.mark.parametrize("experts", [0, 4])
+def test_experts_that_do_not_divide_the_slots_are_refused(experts: int) -> None:
+    with pytest.raises(ValueError, match=f"6 slots .* {experts} experts"):
+        routing_statistics(from_logits(torch.zeros(1, 4, 6)), experts)
+
+
+def test_slot_maps_keep_rows_and_columns() -> None:
+    dispatch = torch.arange(2 * 6 * 4.0).view(2, 6, 4)
+    maps = slot_maps(dispatch, (2, 3))
+    assert maps.shape == (2, 4, 2, 3)
+    assert maps[1, 3, 1, 2] == dispatch[1, 1 * 3 + 2, 3]
+    with pytest.raises(ValueError, match="3x3 does not hold 6"):
+        slot_maps(dispatch, (3, 3))
+
+
+def test_chosen_slots_are_concentrated_and_different() -> None:
+    # Slots 1 and 3 agree, slot 4 is the sharpest after them, 0 and 2 are uniform.
+    dispatch = torch.full((2, 16, 5), 1 / 16)
+    dispatch[:, :, [1, 3]] = peaked(2, 16, [7, 7], strength=6.0)
+    dispatch[:, :, [4]] = peaked(2, 16, [2], strength=4.0)
+    assert choose_slots(dispatch, 2) == [1, 4]
+    assert sorted(choose_slots(dispatch, 5)) == [0, 1, 2, 3, 4]
+    assert choose_slots(torch.full((1, 4, 3), 0.25), 2) == [0, 1]
+    for count in (0, 6):
+        with pytest.raises(ValueError, match="1 to 5"):
+            choose_slots(dispatch, count)
+
+
+def test_figure_has_a_row_per_image_and_a_column_per_slot(tmp_path: Path) -> None:
+    images = torch.randint(0, 256, (2, 3, 32, 48), dtype=torch.uint8)
+    dispatch = peaked(2, 24, [0, 5, 23, 7], strength=3.0)
+    path = tmp_path / "maps.png"
+    figure = draw_slot_maps(images, dispatch, [1, 2], path, slots_per_expert=2)
+    panels = figure.axes[:6]
+    titles = ["image", "slot 1 · expert 0", "slot 2 · expert 1", "", "", ""]
+    assert [panel.get_title() for panel in panels] == titles
+    assert (panels[3].get_images()[0].get_array() == images[1].permute(1, 2, 0).numpy()).all()
+    heat = panels[4].get_images()[1]
+    # Row order: token 5 of a 4x6 grid is the last of the first row, and 24 tokens are uniform at 1.
+    assert heat.get_array().shape == (4, 6)
+    assert heat.get_array().argmax() == 5
+    assert heat.get_array().max() == pytest.approx(24 * dispatch[1, 5, 1].item())
+    assert heat.get_extent() == panels[4].get_images()[0].get_extent()
+    with Image.open(path) as picture:
+        assert picture.width > picture.height > 300
+
+
+@pytest.mark.parametrize(
+    ("images", "tokens", "problem"),
+    [
+        (torch.zeros(1, 3, 32, 32), 16, "uint8"),
+        (torch.zeros(2, 3, 32, 32, dtype=torch.uint8), 16, "2 images"),
+        (torch.zeros(1, 3, 32, 32, dtype=torch.uint8), 17, "17 tokens"),
+        (torch.zeros(1, 3, 32, 64, dtype=torch.uint8), 16, "16 tokens"),
+    ],
+)
+def test_what_cannot_be_drawn_is_refused(images: Tensor, tokens: int, problem: str) -> None:
+    with pytest.raises(ValueError, match=problem):
+        draw_slot_maps(images, torch.ones(1, tokens, 2), [0])

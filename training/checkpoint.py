@@ -1,0 +1,210 @@
+"""Checkpoints that are complete or do not exist, and that hold nothing that must be unpickled.
+
+A checkpoint is written to a temporary folder, flushed, sealed with a manifest of sizes and
+hashes, renamed, and only then are older ones removed. Weights, optimizer and random states are
+safetensors; the rest is JSON.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import random
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+MANIFEST = "manifest.json"
+STATE = "state.json"
+OPTIMIZER = "optimizer.safetensors"
+FORMAT = 1
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used; the message says why."""
+
+
+def checkpoint_name(step: int) -> str:
+    """Folder name of a checkpoint; names sort by step."""
+    return f"step_{step:08d}"
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer, module: nn.Module) -> dict[str, Tensor]:
+    """Optimizer state as '<parameter name>::<state name>' tensors."""
+    names = {parameter: name for name, parameter in module.named_parameters()}
+    return {
+        f"{names[parameter]}::{key}": value if isinstance(value, Tensor) else torch.tensor(value)
+        for parameter, state in optimizer.state.items()
+        for key, value in state.items()
+    }
+
+
+def load_optimizer_tensors(
+    optimizer: torch.optim.Optimizer, module: nn.Module, tensors: dict[str, Tensor]
+) -> None:
+    """Restore what `optimizer_tensors` returned."""
+    parameters = dict(module.named_parameters())
+    for full_name, value in tensors.items():
+        name, _, key = full_name.rpartition("::")
+        parameter = parameters[name]
+        # AdamW keeps its step counter where it kept it before; moments live with the parameter.
+        device = parameter.device if key != "step" or parameter.is_cuda else "cpu"
+        optimizer.state[parameter][key] = value.to(device)
+
+
+def random_state() -> dict[str, Tensor]:
+    """States of the Python, numpy, torch and CUDA generators of this process, as tensors."""
+    _, words, gauss = random.getstate()
+    legacy: dict[str, Any] = np.random.get_state(legacy=False)
+    state = {
+        "torch": torch.get_rng_state(),
+        "python": torch.tensor(words, dtype=torch.int64),
+        "python_gauss": torch.tensor(math.nan if gauss is None else gauss, dtype=torch.float64),
+        "numpy": torch.from_numpy(legacy["state"]["key"].astype(np.int64)),
+        "numpy_position": torch.tensor([legacy["state"]["pos"], legacy["has_gauss"]]),
+        "numpy_gauss": torch.tensor(legacy["gauss"], dtype=torch.float64),
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def restore_random_state(state: dict[str, Tensor]) -> None:
+    """Inverse of `random_state`."""
+    torch.set_rng_state(state["torch"])
+    gauss = float(state["python_gauss"])
+    words = tuple(state["python"].tolist())
+    random.setstate((3, words, None if math.isnan(gauss) else gauss))
+    position, has_gauss = state["numpy_position"].tolist()
+    keys = state["numpy"].numpy().astype(np.uint32)
+    np.random.set_state(("MT19937", keys, position, has_gauss, float(state["numpy_gauss"])))
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+class CheckpointWriter:
+    """Writes one checkpoint: `begin` on the main process, `add_*` anywhere, `publish` on main."""
+
+    def __init__(self, folder: Path, step: int) -> None:
+        self.final = folder / checkpoint_name(step)
+        self.partial = folder / f".{checkpoint_name(step)}.partial"
+
+    def begin(self) -> None:
+        shutil.rmtree(self.partial, ignore_errors=True)
+        self.partial.mkdir(parents=True)
+
+    def add_tensors(self, name: str, tensors: dict[str, Tensor]) -> None:
+        path = self.partial / name
+        path.parent.mkdir(exist_ok=True)
+        save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, path)
+
+    def add_json(self, name: str, content: dict[str, Any]) -> None:
+        (self.partial / name).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+    def publish(self, step: int) -> Path:
+        """Flush every file, write the manifest and give the folder its final name."""
+        files = sorted(path for path in self.partial.rglob("*") if path.is_file())
+        entries = {}
+        for path in files:
+            _flush(path)
+            relative = path.relative_to(self.partial).as_posix()
+            entries[relative] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+        self.add_json(MANIFEST, {"format": FORMAT, "step": step, "files": entries})
+        _flush(self.partial / MANIFEST)
+        _flush(self.partial)
+        if self.final.exists():
+            shutil.rmtree(self.final)
+        os.replace(self.partial, self.final)
+        _flush(self.final.parent)
+        return self.final
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def verify_checkpoint(folder: Path) -> None:
+    """Raise CheckpointError unless every file of the manifest is there and unchanged."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"'{folder}' is no complete checkpoint: no readable {MANIFEST}"
+        ) from (error)
+    if manifest.get("format") != FORMAT:
+        raise CheckpointError(f"'{folder}' has format {manifest.get('format')}, not {FORMAT}")
+    for name, entry in manifest["files"].items():
+        path = folder / name
+        if not path.is_file() or path.stat().st_size != entry["bytes"]:
+            raise CheckpointError(f"'{folder}' is damaged: {name} is missing or has another size")
+        if _sha256(path) != entry["sha256"]:
+            raise CheckpointError(f"'{folder}' is damaged: {name} has changed")
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Published checkpoints of a run, oldest first (not verified)."""
+    return sorted(path for path in folder.glob("step_*") if (path / MANIFEST).is_file())
+
+
+def newest_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
+    """Newest checkpoint that verifies, and a message for every broken one that was passed over."""
+    messages = []
+    for path in reversed(list_checkpoints(folder)):
+        try:
+            verify_checkpoint(path)
+        except CheckpointError as error:
+            messages.append(str(error))
+        else:
+            return path, messages
+    return None, messages
+
+
+def prune_checkpoints(folder: Path, keep: int) -> None:
+    """Remove all but the newest `keep` checkpoints (at least one stays)."""
+    for path in list_checkpoints(folder)[: -max(1, keep)]:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """The JSON state of a checkpoint."""
+    return json.loads((folder / STATE).read_text(encoding="utf-8"))
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """Read a safetensors file onto the CPU."""
+    if not path.is_file():
+        raise CheckpointError(f"'{path}' does not exist")
+    return load_file(path)
+
+
+def load_weights(module: nn.Module, tensors: dict[str, Tensor], source: str) -> None:
+    """Load all parameters of `module`, or raise CheckpointError naming what differs."""
+    expected = module.state_dict()
+    problems = [f"missing {name}" for name in expected if name not in tensors]
+    problems += [f"unexpected {name}" for name in tensors if name not in expected]
+    problems += [
+        f"{name} is {tuple(tensors[name].shape)}, expected {tuple(expected[name].shape)}"
+        for name in expected
+        if name in tensors and tensors[name].shape != expected[name].shape
+    ]
+    if problems:
+        shown = "; ".join(problems[:4])
+        more = f"; and {len(problems) - 4} more" if len(problems) > 4 else ""
+        raise CheckpointError(f"'{source}' holds another architecture: {shown}{more}")
+    module.load_state_dict(tensors)

@@ -1,0 +1,62 @@
+"""Settings of the training loop: plain dataclasses, free of heavy imports."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass
+class OptimizerConfig:
+    """AdamW. Biases, norms, position embeddings, router parameters and the logit scale and bias
+    are never decayed."""
+
+    lr: float = 1e-3
+    """Peak learning rate."""
+    weight_decay: float = 0.05
+    """Decoupled decay, multiplied by the learning rate (torch's meaning)."""
+    beta1: float = 0.9
+    beta2: float = 0.98
+    eps: float = 1e-8
+    clip_norm: float = 1.0
+    """Largest global gradient norm; 0 turns clipping off."""
+
+
+@dataclass
+class ScheduleConfig:
+    """Learning rate over steps: linear warm-up, then `kind`."""
+
+    kind: Literal["cosine", "rsqrt", "linear", "constant"] = "cosine"
+    """rsqrt is the paper's: peak / sqrt(1 + t / timescale), then a linear cooldown to zero."""
+    warmup_steps: int = 0
+    timescale: int = 10_000
+    """Steps after which rsqrt has fallen to peak / sqrt(2)."""
+    cooldown_steps: int = 0
+    """Last steps of rsqrt, over which the rate falls linearly to zero."""
+    final_fraction: float = 0.0
+    """Share of the peak at which cosine and linear end."""
+
+
+@dataclass
+class TrainConfig:
+    """The loop itself."""
+
+    steps: int = 1000
+    """Optimizer steps in all."""
+    batch_size: int = 256
+    """Samples per step, over all processes."""
+    accumulation: int = 1
+    """Parts into which each process splits its share of a batch, to save memory."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    log_every: int = 20
+    """Steps between lines of metrics.jsonl."""
+    eval_every: int = 0
+    """Steps between evaluations; 0 evaluates only at the end."""
+    save_every: int = 0
+    """Steps between checkpoints; 0 saves only at the end."""
+    keep_last: int = 2
+    """Checkpoints to keep."""
+    tensorboard: bool = False
+    """Also write TensorBoard event files to the run directory."""
+    threads: int | None = None
+    """CPU threads of each process; null chooses from the cores that are there."""

@@ -1,0 +1,310 @@
+"""The training loop. It knows batches, an objective and evaluators, and no task.
+
+One step: fetch a batch, forward and backward through the wrapped objective, clip, update, log.
+Positions are counted in steps; samples seen are steps times the global batch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from training.checkpoint import (
+    OPTIMIZER,
+    STATE,
+    CheckpointError,
+    CheckpointWriter,
+    load_optimizer_tensors,
+    load_tensors,
+    load_weights,
+    optimizer_tensors,
+    prune_checkpoints,
+    random_state,
+    read_state,
+    restore_random_state,
+)
+from training.config import OptimizerConfig, ScheduleConfig, TrainConfig
+from training.objective import Batch, Evaluator, Objective, TrainingStream
+from training.optim import build_optimizer
+from training.progress import Progress
+from training.run_directory import MetricsWriter
+from training.schedules import check_schedule, learning_rate_factor
+
+
+class NonFiniteError(RuntimeError):
+    """The loss or the gradient is NaN or infinite; the weights were not updated with it."""
+
+
+class Trainer:
+    """Trains `objective` on `stream`; `fit` runs to the last step.
+
+    Args:
+        accelerator: device, precision and processes.
+        run_dir: an existing folder; receives metrics, evaluations and checkpoints.
+        resume: a verified checkpoint of the same run to continue from, or None.
+
+    Raises:
+        ValueError: settings that cannot work together.
+        CheckpointError: the checkpoint belongs to another model or another stream.
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        stream: TrainingStream,
+        evaluators: Sequence[Evaluator],
+        train: TrainConfig,
+        optimizer: OptimizerConfig,
+        schedule: ScheduleConfig,
+        accelerator: Accelerator,
+        run_dir: Path,
+        resume: Path | None = None,
+    ) -> None:
+        self.objective, self.stream, self.evaluators = objective, stream, evaluators
+        self.train, self.optim, self.schedule = train, optimizer, schedule
+        self.accelerator, self.run_dir = accelerator, run_dir
+        self._check_settings()
+        model_names = objective.no_weight_decay()
+        self.optimizer = build_optimizer(
+            objective, {f"model.{name}" for name in model_names}, optimizer
+        )
+        objective.to(accelerator.device)
+        self.step = 0
+        self.skipped: Counter[str] = Counter()
+        self.last_checkpoint: Path | None = resume
+        if resume is not None:
+            self._load(resume)
+        self.wrapped: nn.Module
+        self.wrapped, self.updater = accelerator.prepare(objective, self.optimizer)
+        self.writer = (
+            MetricsWriter(run_dir, resumed_step=self.step, tensorboard=train.tensorboard)
+            if accelerator.is_main_process
+            else None
+        )
+
+    def _check_settings(self) -> None:
+        train, processes = self.train, self.accelerator.num_processes
+        for name in ("steps", "batch_size", "accumulation", "log_every", "keep_last"):
+            if getattr(train, name) < 1:
+                raise ValueError(f"train.{name} must be at least 1, got {getattr(train, name)}")
+        check_schedule(train.steps, self.schedule)
+        if train.accumulation > 1 and not self.objective.splits_batches:
+            raise ValueError(
+                "train.accumulation must be 1 for this objective: the loss of a contrastive batch"
+                " is not the mean over its parts, which would lack one another's negatives"
+            )
+        if train.batch_size % (processes * train.accumulation):
+            raise ValueError(
+                f"train.batch_size {train.batch_size} cannot be divided into {processes} processes"
+                f" x {train.accumulation} parts"
+            )
+
+    def fit(self) -> dict[str, float | None]:
+        """Train to the last step, then evaluate and save; returns the last evaluation."""
+        train = self.train
+        self._announce()
+        progress = Progress(self.step, train.steps, self.accelerator.is_main_process)
+        batches = iter(self.stream.batches(self.step))
+        figures: dict[str, float | None] = {}
+        self.wrapped.train()
+        try:
+            while self.step < train.steps:
+                batch = self._next(batches, progress)
+                loss, norm, metrics = self._update(batch)
+                self.step += 1
+                progress.advance(train.batch_size)
+                last = self.step == train.steps
+                if self.step == 1 or self.step % train.log_every == 0 or last:
+                    self._log(loss, norm, metrics, progress)
+                if last or (train.eval_every and self.step % train.eval_every == 0):
+                    with progress.paused():
+                        figures = self.evaluate()
+                if last or (train.save_every and self.step % train.save_every == 0):
+                    with progress.paused():
+                        self.save()
+        finally:
+            progress.close()
+            if self.writer is not None:
+                self.writer.close()
+        return figures
+
+    def _announce(self) -> None:
+        train, samples = self.train, len(self.stream)
+        if not self.accelerator.is_main_process:
+            return
+        total = sum(p.numel() for p in self.objective.parameters())
+        trained = sum(p.numel() for p in self.objective.parameters() if p.requires_grad)
+        tqdm.write(
+            f"{train.steps} steps of {train.batch_size} samples"
+            f" = {train.steps * train.batch_size / samples:.1f} epochs of {samples};"
+            f" {trained / 1e6:.1f} M of {total / 1e6:.1f} M parameters trained;"
+            f" {self.accelerator.num_processes} process(es) on {self.accelerator.device.type},"
+            f" {train.precision}" + (f"; resumed at step {self.step}" if self.step else "")
+        )
+
+    def _next(self, batches: Iterator[Batch], progress: Progress) -> Batch:
+        with progress.waiting():
+            batch = next(batches)
+        self.skipped.update(batch.pop("skipped", ()))
+        device = self.accelerator.device
+        return {
+            name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+            for name, value in batch.items()
+        }
+
+    def _update(self, batch: Batch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """One optimizer step; returns detached loss, gradient norm and metrics, on the device."""
+        rate = self.optim.lr * learning_rate_factor(self.step, self.train.steps, self.schedule)
+        for group in self.updater.param_groups:
+            group["lr"] = rate
+        parts = _split(batch, self.train.accumulation)
+        losses, metrics = [], {}
+        for number, part in enumerate(parts):
+            if number + 1 < len(parts):
+                with self.accelerator.no_sync(self.wrapped):
+                    loss, metrics = self._backward(part, len(parts))
+            else:
+                loss, metrics = self._backward(part, len(parts))
+            losses.append(loss)
+        limit = self.optim.clip_norm or math.inf
+        norm = self.accelerator.clip_grad_norm_(self.wrapped.parameters(), limit)
+        loss = torch.stack(losses).mean()
+        self._guard(loss, norm)
+        self.updater.step()
+        self.updater.zero_grad()
+        self.objective.after_step()
+        return loss, norm, metrics
+
+    def _backward(self, batch: Batch, parts: int) -> tuple[Tensor, dict[str, Tensor]]:
+        loss, metrics = self.wrapped(batch)
+        self.accelerator.backward(loss / parts)
+        return loss.detach(), metrics
+
+    def _guard(self, loss: Tensor, norm: Tensor) -> None:
+        if self.train.precision == "fp16":
+            return  # the gradient scaler skips steps that overflow
+        finite = torch.isfinite(loss.float()) & torch.isfinite(norm)
+        if self.accelerator.device.type == "cpu":
+            if not bool(finite):
+                raise NonFiniteError(
+                    f"loss {float(loss)}, gradient norm {float(norm)} at step {self.step + 1}: the"
+                    " weights were left as they were; lower optimizer.lr or lengthen the warm-up"
+                )
+        else:  # no host synchronisation in the step: the device stops by itself
+            torch._assert_async(finite)
+
+    def _log(
+        self, loss: Tensor, norm: Tensor, metrics: dict[str, Tensor], progress: Progress
+    ) -> None:
+        names = sorted(metrics)
+        stacked = torch.stack([loss.float(), *(metrics[name].float() for name in names)])
+        stacked = self.accelerator.reduce(stacked, reduction="mean")
+        if self.writer is None:
+            return
+        values = dict(zip(["loss", *names], stacked.tolist(), strict=True))
+        speed = progress.speed()
+        self.writer.write(
+            "metrics",
+            self.step,
+            {
+                "samples": self.step * self.train.batch_size,
+                **values,
+                "grad_norm": float(norm),
+                "lr": self.updater.param_groups[0]["lr"],
+                **speed,
+            },
+        )
+        progress.show(values["loss"], speed)
+
+    def evaluate(self) -> dict[str, float | None]:
+        """Run all evaluators on the model in eval mode; training continues as if they had not."""
+        was_training = self.objective.training
+        self.objective.eval()
+        outside = torch.get_rng_state()
+        figures: dict[str, float | None] = {}
+        with torch.inference_mode(), self.accelerator.autocast():
+            for evaluator in self.evaluators:
+                for name, value in evaluator(self.objective.model).items():
+                    figures[f"{evaluator.name}/{name}"] = value
+        torch.set_rng_state(outside)
+        self.objective.train(was_training)
+        if self.writer is not None and figures:
+            samples = self.step * self.train.batch_size
+            self.writer.write("eval", self.step, {"samples": samples, **figures})
+        return figures
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint holds besides tensors."""
+        return {
+            "step": self.step,
+            "samples": self.step * self.train.batch_size,
+            "stream": self.stream.identity(),
+            "skipped": dict(self.total_skipped()),
+            "processes": self.accelerator.num_processes,
+        }
+
+    def total_skipped(self) -> Counter[str]:
+        """Skipped samples by reason, over all processes."""
+        if self.accelerator.num_processes == 1:
+            return self.skipped
+        gathered: list[Any] = [None] * self.accelerator.num_processes
+        torch.distributed.all_gather_object(gathered, dict(self.skipped))
+        return sum((Counter(part) for part in gathered), Counter())
+
+    def save(self) -> None:
+        """Publish a checkpoint of this step and remove the ones that are no longer kept."""
+        accelerator, folder = self.accelerator, self.run_dir / "checkpoints"
+        writer = CheckpointWriter(folder, self.step)
+        state = self.state()
+        if accelerator.is_main_process:
+            writer.begin()
+            writer.add_tensors(self.objective.weights_file, self.objective.model.state_dict())
+            writer.add_tensors(OPTIMIZER, optimizer_tensors(self.optimizer, self.objective))
+            writer.add_json(STATE, state)
+            for name, content in self.objective.config_files().items():
+                writer.add_json(name, content)
+        accelerator.wait_for_everyone()
+        writer.add_tensors(f"rng/rank_{accelerator.process_index}.safetensors", random_state())
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            self.last_checkpoint = writer.publish(self.step)
+            prune_checkpoints(folder, self.train.keep_last)
+        accelerator.wait_for_everyone()
+
+    def _load(self, folder: Path) -> None:
+        state = read_state(folder)
+        expected, found = self.stream.identity(), state["stream"]
+        changed = [name for name in expected if expected[name] != found.get(name)]
+        if changed:
+            differences = ", ".join(
+                f"{name} was {found.get(name)}, is {expected[name]}" for name in changed
+            )
+            raise CheckpointError(f"cannot resume '{folder}' on another stream: {differences}")
+        weights = load_tensors(folder / self.objective.weights_file)
+        load_weights(self.objective.model, weights, str(folder))
+        load_optimizer_tensors(self.optimizer, self.objective, load_tensors(folder / OPTIMIZER))
+        own = folder / "rng" / f"rank_{self.accelerator.process_index}.safetensors"
+        if own.is_file():  # a process that did not exist before starts with its own seed
+            restore_random_state(load_tensors(own))
+        self.step = state["step"]
+        if self.accelerator.is_main_process:
+            self.skipped = Counter(state["skipped"])
+
+
+def _split(batch: Batch, parts: int) -> list[Batch]:
+    """Divide the batch axis of every field into `parts` equal pieces."""
+    if parts == 1:
+        return [batch]
+    size = len(next(value for value in batch.values() if isinstance(value, Tensor))) // parts
+    return [
+        {name: value[part * size : (part + 1) * size] for name, value in batch.items()}
+        for part in range(parts)
+    ]

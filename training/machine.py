@@ -1,0 +1,41 @@
+"""Choosing threads and loader processes from the cores that are there."""
+
+from __future__ import annotations
+
+import os
+from typing import NamedTuple
+
+
+class CorePlan(NamedTuple):
+    """Threads of each training process and loader processes beside each."""
+
+    threads: int
+    workers: int
+
+
+def plan_cores(
+    cores: int,
+    processes: int,
+    *,
+    device_is_cpu: bool,
+    threads: int | None = None,
+    workers: int | None = None,
+) -> CorePlan:
+    """Divide `cores` among `processes` training processes and their loaders.
+
+    On CPU the model needs every core: torch's threads spin while they wait for one another, so a
+    loader that shares their cores slows each parallel region down many times over. Few cores
+    therefore decode in the training process; many give one core in six to loaders. Beside a GPU
+    the cores belong to the loaders. Explicit numbers are kept.
+    """
+    share = max(1, cores // max(1, processes))
+    if workers is None:
+        workers = share // 6 if device_is_cpu else min(8, share - 1)
+    if threads is None:
+        threads = max(1, share - workers) if device_is_cpu else 1
+    return CorePlan(threads, workers)
+
+
+def available_cores() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,0 +1,62 @@
+"""What the loop asks of a task."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+Batch = dict[str, Any]
+Metrics = dict[str, Tensor]
+
+
+class Objective(nn.Module):
+    """A model with its loss; the loop wraps, trains and saves it without knowing the task.
+
+    Subclasses implement `forward(batch) -> (loss, metrics)`: the loss is a scalar whose mean over
+    processes is the loss of the global batch; metrics are detached 0-D tensors that are averaged
+    over processes. All training computation must happen inside `forward`, because that is what
+    the distributed wrapper sees.
+    """
+
+    model: nn.Module
+    """The module that is trained and saved."""
+    weights_file: str = "model.safetensors"
+    """Name of the weights in a checkpoint, chosen so that other libraries find them."""
+    splits_batches: bool = True
+    """Whether the loss of a batch is the mean of the losses of its parts, as accumulation needs."""
+
+    def forward(self, batch: Batch) -> tuple[Tensor, Metrics]:
+        raise NotImplementedError
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of `model`'s parameters that must not be decayed."""
+        named = getattr(self.model, "no_weight_decay", None)
+        # timm models also list tokens that the given one does not have.
+        present = {name for name, _ in self.model.named_parameters()}
+        return set(named()) & present if named else set()
+
+    def after_step(self) -> None:
+        """Called after every optimizer step, for constraints such as a largest logit scale."""
+
+    def config_files(self) -> dict[str, dict[str, Any]]:
+        """JSON files, by name, that let other libraries open the saved weights."""
+        return {}
+
+
+class TrainingStream(Protocol):
+    """What the loop asks of the data: see `data_pipelines.stream.Stream`."""
+
+    def __len__(self) -> int: ...
+
+    def identity(self) -> dict[str, Any]: ...
+
+    def batches(self, start_step: int = 0) -> Any: ...
+
+
+class Evaluator(Protocol):
+    """Measures a model in eval mode; every process calls it, every process gets the figures."""
+
+    name: str
+
+    def __call__(self, model: nn.Module) -> dict[str, float | None]: ...

@@ -1,0 +1,67 @@
+"""Progress bar and throughput of the loop."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from tqdm import tqdm
+
+
+class Progress:
+    """Counts time spent training and waiting for data; shows a bar on a main process's terminal.
+
+    Time inside `paused` (evaluation, checkpoints) does not count as training time.
+    """
+
+    def __init__(self, step: int, total: int, is_main: bool) -> None:
+        self.bar = tqdm(
+            total=total,
+            initial=step,
+            unit="step",
+            dynamic_ncols=True,
+            disable=not (is_main and sys.stderr.isatty()),
+        )
+        self._reset()
+
+    def _reset(self) -> None:
+        self._start = time.perf_counter()
+        self._wait = self._pause = 0.0
+        self._samples = 0
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self._wait += time.perf_counter() - start
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self._pause += time.perf_counter() - start
+
+    def advance(self, samples: int) -> None:
+        self._samples += samples
+        self.bar.update()
+
+    def speed(self) -> dict[str, float]:
+        """Samples per second and share of time spent waiting for data, since the last call."""
+        elapsed = max(1e-9, time.perf_counter() - self._start - self._pause)
+        figures = {
+            "samples_per_second": round(self._samples / elapsed, 1),
+            "data_wait": round(self._wait / elapsed, 4),
+        }
+        self._reset()
+        return figures
+
+    def show(self, loss: float, speed: dict[str, float]) -> None:
+        self.bar.set_postfix_str(
+            f"loss {loss:.3f}, {speed['samples_per_second']:.0f} images/s,"
+            f" data wait {speed['data_wait']:.0%}"
+        )
+
+    def close(self) -> None:
+        self.bar.close()

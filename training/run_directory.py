@@ -1,0 +1,94 @@
+"""The folder of one run: its settings, logs and checkpoints."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+
+class RunDirectoryError(ValueError):
+    """A run directory that must not be used; the message says what to do."""
+
+
+def check_run_directory(folder: Path, resume: str | None) -> None:
+    """Refuse to mix a new run into an old one.
+
+    Raises:
+        RunDirectoryError: the folder holds something and `resume` is not set.
+    """
+    if resume is None and folder.is_dir() and any(folder.iterdir()):
+        raise RunDirectoryError(
+            f"run directory '{folder}' is not empty: continue that run with --resume auto,"
+            " or choose another --run_dir"
+        )
+
+
+def write_environment(path: Path) -> None:
+    """Record versions, machine and command line."""
+    packages = ("torch", "torchvision", "timm", "open_clip_torch", "accelerate", "transformers")
+    content = {
+        "command": [os.path.basename(sys.argv[0]), *sys.argv[1:]],
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: version(name) for name in packages},
+    }
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+class MetricsWriter:
+    """Appends JSON lines to `metrics.jsonl` and `eval.jsonl`, and to TensorBoard when asked.
+
+    After a resume, lines of steps that are going to be repeated are dropped first, so that every
+    step appears once.
+    """
+
+    def __init__(self, folder: Path, *, resumed_step: int, tensorboard: bool) -> None:
+        self.folder = folder
+        for name in ("metrics.jsonl", "eval.jsonl"):
+            _drop_after(folder / name, resumed_step)
+        self._board = None
+        if tensorboard:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError as error:
+                raise ValueError(
+                    "train.tensorboard needs the tensorboard package:"
+                    " pip install 'softmoe-clip[tensorboard]'"
+                ) from error
+            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=resumed_step + 1)
+
+    def write(self, name: str, step: int, values: Mapping[str, Any]) -> None:
+        """Append one line to `<name>.jsonl`: the step, the time, and `values`."""
+        row = {"step": step, "time": round(time.time(), 3), **values}
+        with open(self.folder / f"{name}.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        if self._board is not None:
+            for key, value in values.items():
+                if isinstance(value, int | float):
+                    self._board.add_scalar(f"{name}/{key}", value, step)
+
+    def close(self) -> None:
+        if self._board is not None:
+            self._board.close()
+
+
+def _drop_after(path: Path, step: int) -> None:
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except (ValueError, KeyError):
+            continue  # a line torn by a kill
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text("".join(kept), encoding="utf-8")
+    os.replace(partial, path)

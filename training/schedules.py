@@ -1,0 +1,41 @@
+"""Learning-rate schedules as pure functions of the step."""
+
+from __future__ import annotations
+
+import math
+
+from training.config import ScheduleConfig
+
+
+def learning_rate_factor(step: int, total_steps: int, config: ScheduleConfig) -> float:
+    """Share of the peak learning rate at `step` (0-based), in [0, 1].
+
+    Warm-up is linear from 0 at step 0 to 1 at `warmup_steps`. The forms after it are those of
+    google-research/vmoe `create_learning_rate_schedule`: in the cooldown, rsqrt goes linearly to
+    zero from the value that it had at the first cooldown step.
+    """
+    warmup = config.warmup_steps
+    if step < warmup:
+        return step / warmup
+    elapsed, length = step - warmup, max(1, total_steps - warmup)
+    if config.kind == "constant":
+        return 1.0
+    if config.kind == "rsqrt":
+        cooldown_start = total_steps - config.cooldown_steps
+        base = 1 / math.sqrt(1 + (min(step, cooldown_start) - warmup) / config.timescale)
+        if step <= cooldown_start:
+            return base
+        return base * max(0.0, (total_steps - step) / config.cooldown_steps)
+    progress = min(1.0, elapsed / length)
+    shape = 0.5 * (1 + math.cos(math.pi * progress)) if config.kind == "cosine" else 1 - progress
+    return config.final_fraction + (1 - config.final_fraction) * shape
+
+
+def check_schedule(total_steps: int, config: ScheduleConfig) -> None:
+    """Raise ValueError for a schedule that does not fit into the run."""
+    used = config.warmup_steps + (config.cooldown_steps if config.kind == "rsqrt" else 0)
+    if used > total_steps:
+        raise ValueError(
+            f"schedule: warmup_steps and cooldown_steps need {used} steps, but train.steps is"
+            f" {total_steps}"
+        )
