@@ -180,7 +180,8 @@ def draw_slot_maps(
     grid = _patch_grid(images.shape[2], images.shape[3], tokens)
     heat = slot_maps(dispatch.detach().float().cpu(), grid)[:, list(slots)] * tokens
     # A few very hot patches must not bleach the rest; the pointed colour bar says so.
-    norm = LogNorm(1.0, max(1.1, heat.flatten().quantile(0.99).item()), clip=True)
+    top = max(1.1, heat.flatten().quantile(0.99).item())
+    norm = LogNorm(1.0, top, clip=True)
     pictures = images.cpu().permute(0, 2, 3, 1)
     rows, columns = len(images), len(slots) + 1
     width, height = 1.2 * columns + 0.9, 1.2 * rows + 0.35
@@ -193,7 +194,7 @@ def draw_slot_maps(
     axes[0, 0].set_title("image", fontsize=7)
     for axis, slot in zip(axes[0, 1:], slots, strict=True):
         axis.set_title(f"slot {slot} · expert {slot // slots_per_expert}", fontsize=7)
-    _add_scale(figure, axes, norm)
+    _add_scale(figure, axes, top)
     if path is not None:
         figure.savefig(path)
     return figure
@@ -239,12 +240,12 @@ def _overlay(axis: Axes, picture: Tensor, heat: Tensor, norm: LogNorm) -> None:
     )
 
 
-def _add_scale(figure: Figure, axes: Any, norm: LogNorm) -> None:
+def _add_scale(figure: Figure, axes: Any, top: float) -> None:
     """A colour bar labelled in multiples of the uniform weight."""
     bar = figure.colorbar(
-        ScalarMappable(norm, HEAT), ax=axes, aspect=20, pad=0.02, shrink=0.6, extend="max"
+        ScalarMappable(LogNorm(1.0, top), HEAT), ax=axes, aspect=20, pad=0.02, shrink=0.6, extend="max"
     )
-    ticks = [1.0, math.sqrt(norm.vmax), norm.vmax]
+    ticks = [1.0, math.sqrt(top), top]
     bar.set_ticks(ticks, labels=[f"{tick:.3g}x" for tick in ticks], fontsize=6)
     bar.minorticks_off()
     bar.set_label("dispatch weight, times uniform", fontsize=6)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from open_clip.tokenizer import DEFAULT_CONTEXT_LENGTH, HFTokenizer, SimpleTokenizer
+from transformers import AutoConfig, PretrainedConfig
 
 # The architectures that open_clip's HFTextEncoder can wrap (`open_clip/hf_configs.py`).
 MODEL_TYPES = ("bert", "m2m_100", "mt5", "roberta", "xlm-roberta")
@@ -82,9 +83,7 @@ def hugging_face_text_config(
         )
     if pretrained and not _has_any(folder, WEIGHT_FILES):
         raise ValueError(f"{folder} has no {WEIGHT_FILES[0]}: save the model as safetensors")
-    positions = _usable_positions(model)
-    if not 1 <= context_length <= positions:
-        raise ValueError(f"context_length {context_length}: {folder} has {positions:,} positions")
+    _check_positions(folder, model, context_length)
     return {
         "hf_model_name": str(folder),
         "hf_tokenizer_name": str(folder),
@@ -112,31 +111,46 @@ def build_tokenizer(text_config: dict[str, Any]) -> SimpleTokenizer | HFTokenize
     model = _read_model_config(folder)
     name = text_config["hf_tokenizer_name"]
     wrapper = HFTokenizer(name, context_length=context_length, local_files_only=True)
-    padding, expected = wrapper.tokenizer.pad_token_id, _padding_id(model)
-    if padding != expected:
+    tokenizer: Any = wrapper.tokenizer
+    padding, entries = tokenizer.pad_token_id, len(tokenizer)
+    if padding != model.pad_token_id:
         raise ValueError(
             f"the tokenizer in {name} pads with id {padding}, the model in {folder} expects "
-            f"{expected}: set pad_token_id in its config.json to the tokenizer's"
+            f"{model.pad_token_id}: set pad_token_id in its config.json to the tokenizer's"
         )
-    if len(wrapper.tokenizer) > model["vocab_size"]:
+    if entries > model.vocab_size:
         raise ValueError(
-            f"the tokenizer in {name} has {len(wrapper.tokenizer):,} entries, the model in "
-            f"{folder} {model['vocab_size']:,} embeddings: use the tokenizer it was trained with"
+            f"the tokenizer in {name} has {entries} entries, the model in {folder} "
+            f"{model.vocab_size} embeddings: use the tokenizer it was trained with"
         )
     return wrapper
 
 
-def _read_model_config(folder: Path) -> dict[str, Any]:
+def _has_any(folder: Path, names: tuple[str, ...]) -> bool:
+    return any((folder / name).is_file() for name in names)
+
+
+def _read_model_config(folder: Path) -> PretrainedConfig:
     path = folder / "config.json"
     if not path.is_file():
         raise ValueError(f"{path} does not exist: give the folder of a saved Hugging Face model")
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+        model_type = json.loads(path.read_text(encoding="utf-8")).get("model_type")
+    except ValueError as error:
         raise ValueError(f"{path} is not valid JSON ({error}): save the model again") from error
-    model_type = config.get("model_type")
     if model_type not in MODEL_TYPES:
         raise ValueError(
-            f"{path}: open_clip cannot wrap model type {model_type!r}, only {', '.join(MODEL_TYPES)}"
+            f"{path}: open_clip cannot wrap model type {model_type!r}; it takes "
+            f"{', '.join(MODEL_TYPES)}"
         )
-    return config
+    return AutoConfig.from_pretrained(folder, local_files_only=True)
+
+
+def _check_positions(folder: Path, model: PretrainedConfig, context_length: int) -> None:
+    positions = getattr(model, "max_position_embeddings", None)  # mt5 has relative positions
+    if positions is not None and model.model_type in OFFSET_POSITIONS:
+        positions -= model.pad_token_id + 1
+    if context_length < 1 or (positions is not None and context_length > positions):
+        raise ValueError(
+            f"context_length {context_length} does not fit {folder}: choose 1 to {positions or 512}"
+        )

@@ -81,7 +81,8 @@ class SoftMoEVisionTransformer(VisionTransformer):
                 options["mlp_layer"] = soft_moe
             return Block(depth=depth, **options)
 
-        defaults = {
+        defaults: dict[str, Any] = {
+            "block_fn": block,
             "class_token": False,
             "global_pool": "avg",
             "fc_norm": False,
@@ -90,7 +91,7 @@ class SoftMoEVisionTransformer(VisionTransformer):
             "act_layer": "gelu_tanh",
             "attn_layer": BiasFreeQKNormAttention,
         }
-        super().__init__(depth=depth, block_fn=block, **(defaults | kwargs))
+        super().__init__(depth=depth, **(defaults | kwargs))
         self.moe_blocks = routed
 
     def init_weights(self, mode: str = "", needs_reset: bool = True) -> None:
@@ -113,16 +114,17 @@ class SoftMoEVisionTransformer(VisionTransformer):
                     nn.init.zeros_(module.bias)
             elif needs_reset and isinstance(module, SoftMoE | ExpertMLP):
                 module.init_weights()
-            elif needs_reset and hasattr(module, "reset_parameters"):
-                module.reset_parameters()
+            elif needs_reset and callable(reset := getattr(module, "reset_parameters", None)):
+                reset()
         for module in self.modules():  # after the loop above: it visits parents before children
             if isinstance(module, Attention):
                 # One Xavier draw per projection: the fused kernel has three outputs per input.
                 for projection in module.qkv.weight.chunk(3):
                     nn.init.xavier_uniform_(projection)
             elif isinstance(module, Mlp):
-                for linear in (module.fc1, module.fc2):
-                    nn.init.normal_(linear.bias, std=1e-6)
+                for bias in (module.fc1.bias, module.fc2.bias):
+                    if bias is not None:
+                        nn.init.normal_(bias, std=1e-6)
         lecun_normal_(self.patch_embed.proj.weight)
         if self.patch_embed.proj.bias is not None:
             nn.init.zeros_(self.patch_embed.proj.bias)

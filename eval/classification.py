@@ -36,7 +36,7 @@ class ClassificationEvaluator:
             image_keys=config.image_keys,
             label_key=config.label_key,
             num_classes=num_classes,
-            resize_mode=config.resize_mode,
+            resize_mode=config.resize_mode or "squash",
         )
 
     @torch.inference_mode()

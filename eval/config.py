@@ -29,5 +29,6 @@ class EvaluationSetConfig:
     caption_key: str | None = None
     """Member with one caption per line, or `json:field`; null measures no retrieval."""
     batch_size: int = 256
-    resize_mode: str = "squash"
-    """squash stretches to the square; shortest scales the shorter side and crops the centre."""
+    resize_mode: str | None = None
+    """squash stretches to the square; shortest scales the shorter side and crops the centre; null
+    is what the model was trained with."""

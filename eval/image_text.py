@@ -49,6 +49,7 @@ class ImageTextEvaluator:
         image_size: pixels per side of the model's input.
         tokenizer: list of strings to int64 (B, L).
         mean, std: pixel normalisation.
+        resize_mode: the model's own, which the set's configuration may override.
 
     Raises:
         ShardError, ValueError: unusable shards, names or templates; or nothing to measure.
@@ -61,6 +62,7 @@ class ImageTextEvaluator:
         tokenizer: Callable[[list[str]], Tensor],
         mean: tuple[float, ...],
         std: tuple[float, ...],
+        resize_mode: str = "squash",
     ) -> None:
         if not config.classnames and config.caption_key is None:
             raise ValueError(
@@ -69,6 +71,7 @@ class ImageTextEvaluator:
             )
         self.config, self.tokenizer = config, tokenizer
         self.name = config.name or Path(config.shards).parent.name
+        self.resize_mode = config.resize_mode or resize_mode
         self.normalize = Normalize(mean, std)
         self.prompts: list[list[str]] = []
         self.classnames: list[str] = []
@@ -84,7 +87,7 @@ class ImageTextEvaluator:
             caption_key=config.caption_key,
             label_key=config.label_key if self.prompts else None,
             num_classes=len(self.prompts),
-            resize_mode=config.resize_mode,
+            resize_mode=self.resize_mode,
         )
 
     def __call__(self, model: nn.Module) -> dict[str, float | None]:

@@ -81,14 +81,6 @@ class Launch:
     def fit(self, objective: Objective, stream: Stream, evaluators: Sequence[Evaluator]) -> None:
         """Prepare the run directory, train, and report what was skipped."""
         config, main = self.config, self.accelerator.is_main_process
-        if main:
-            self.run_dir.mkdir(parents=True, exist_ok=True)
-            if self.resume is None:
-                save_config(config, self.run_dir / "config.yaml")
-            write_environment(self.run_dir / "env.json")
-            for path in stream.index.truncated:
-                tqdm.write(f"warning: '{path}' ends early; its complete samples are used")
-        self.accelerator.wait_for_everyone()
         trainer = Trainer(
             objective,
             stream,
@@ -100,6 +92,14 @@ class Launch:
             self.run_dir,
             self.resume,
         )
+        if main:  # only now, so that settings that are refused leave no folder behind
+            self.run_dir.mkdir(parents=True, exist_ok=True)
+            if self.resume is None:
+                save_config(config, self.run_dir / "config.yaml")
+            write_environment(self.run_dir / "env.json")
+            for path in stream.index.truncated:
+                tqdm.write(f"warning: '{path}' ends early; its complete samples are used")
+        self.accelerator.wait_for_everyone()
         figures = trainer.fit()
         skipped = trainer.total_skipped()
         if main:

@@ -84,11 +84,7 @@ class Trainer:
             self._load(resume)
         self.wrapped: nn.Module
         self.wrapped, self.updater = accelerator.prepare(objective, self.optimizer)
-        self.writer = (
-            MetricsWriter(run_dir, resumed_step=self.step, tensorboard=train.tensorboard)
-            if accelerator.is_main_process
-            else None
-        )
+        self.writer: MetricsWriter | None = None
 
     def _check_settings(self) -> None:
         train, processes = self.train, self.accelerator.num_processes
@@ -111,6 +107,10 @@ class Trainer:
         """Train to the last step, then evaluate and save; returns the last evaluation."""
         train = self.train
         self._announce()
+        if self.accelerator.is_main_process:
+            self.writer = MetricsWriter(
+                self.run_dir, resumed_step=self.step, tensorboard=train.tensorboard
+            )
         progress = Progress(self.step, train.steps, self.accelerator.is_main_process)
         batches = iter(self.stream.batches(self.step))
         figures: dict[str, float | None] = {}

@@ -87,7 +87,8 @@ def test_statistics_of_uniform_routing() -> None:
             "combine_entropy": 1.0,
             "expert_importance_cv": 0.0,
             "starved_tokens": 0.0,
-        }
+        },
+        abs=1e-6,
     )
 
 

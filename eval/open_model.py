@@ -1,0 +1,92 @@
+"""Opening a dual encoder for evaluation: a run, a checkpoint, an export, or any open_clip model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import open_clip
+from torch import Tensor
+
+import encoders.variants  # noqa: F401  (registers the image towers with timm)
+from encoders.text_towers import build_tokenizer
+
+CONFIG_FILE = "open_clip_config.json"
+
+
+@dataclass(frozen=True)
+class OpenedModel:
+    """A model in eval mode with what its inputs need.
+
+    `image_size` in pixels, `mean` and `std` of its pixels, `resize_mode` squash or shortest, and
+    `source`, the folder or name that was opened.
+    """
+
+    model: Any
+    tokenizer: Callable[[list[str]], Tensor]
+    image_size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    resize_mode: str
+    source: str
+
+
+def open_model(model: str, pretrained: str | None = None) -> OpenedModel:
+    """Open `model` with open_clip.
+
+    Args:
+        model: a run directory (its newest checkpoint), a folder with `open_clip_config.json`, or
+            a model name that open_clip knows, such as `ViT-B-32` or `hf-hub:...`.
+        pretrained: open_clip's weights tag or file, for names.
+
+    Raises:
+        ValueError: nothing that can be opened.
+    """
+    folder = _find_folder(model)
+    name = model if folder is None else f"local-dir:{folder}"
+    try:
+        opened = open_clip.create_model(name, pretrained=pretrained, require_pretrained=True)
+    except RuntimeError as error:
+        raise ValueError(f"model '{model}' cannot be opened: {error}") from error
+    opened.eval()
+    if folder is None:
+        tokenizer = open_clip.get_tokenizer(name)
+    else:
+        description = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        tokenizer = build_tokenizer(description["model_cfg"]["text_cfg"])
+    settings = open_clip.get_model_preprocess_cfg(opened)
+    size = settings["size"]
+    if settings["resize_mode"] not in ("squash", "shortest"):
+        raise ValueError(
+            f"model '{model}' wants resize_mode {settings['resize_mode']}, which is "
+            "not supported: set resize_mode of the evaluation sets"
+        )
+    return OpenedModel(
+        opened,
+        tokenizer,
+        size if isinstance(size, int) else int(size[0]),
+        tuple(settings["mean"]),
+        tuple(settings["std"]),
+        settings["resize_mode"],
+        str(folder or model),
+    )
+
+
+def _find_folder(model: str) -> Path | None:
+    """The folder with the model's description, or None when `model` is no folder."""
+    path = Path(model)
+    if not path.is_dir():
+        if path.is_absolute() or model.startswith(("./", "runs/")):
+            raise ValueError(f"model '{model}' does not exist")
+        return None
+    if (path / CONFIG_FILE).is_file():
+        return path
+    checkpoints = sorted((path / "checkpoints").glob(f"step_*/{CONFIG_FILE}"))
+    if not checkpoints:
+        raise ValueError(
+            f"model '{model}' holds no {CONFIG_FILE} and no checkpoint of a contrastive run"
+        )
+    return checkpoints[-1].parent

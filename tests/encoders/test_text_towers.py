@@ -1,0 +1,160 @@
+"""Text tower configurations and tokenizers, run through open_clip's own classes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from open_clip.model import CustomTextCLIP
+from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
+from torch import Tensor, nn
+from transformers import (
+    AutoModel,
+    BertConfig,
+    BertModel,
+    BertTokenizerFast,
+    MT5Config,
+    RobertaConfig,
+)
+
+from encoders import variants
+from encoders.text_towers import (
+    build_tokenizer,
+    hugging_face_text_config,
+    open_clip_text_config,
+)
+
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "red", "apple", "app", "##s"]
+VISION = {"timm_model_name": next(iter(variants.default_cfgs)), "image_size": 64}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A tiny random BERT with a WordPiece tokenizer, as `save_pretrained` leaves it."""
+    (tmp_path / "words.txt").write_text("\n".join(WORDS), encoding="utf-8")
+    bert = tmp_path / "bert"
+    BertTokenizerFast(vocab=str(tmp_path / "words.txt")).save_pretrained(bert)
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(WORDS), hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=32, max_position_embeddings=12,
+    )  # fmt: skip
+    BertModel(config, add_pooling_layer=False).save_pretrained(bert)
+    return bert
+
+
+def edit_config(folder: Path, **changes: Any) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def build(text_config: dict[str, Any]) -> nn.Module:
+    torch.manual_seed(0)
+    return CustomTextCLIP(8, VISION, text_config, output_dict=True).eval()
+
+
+def encode(model: nn.Module, tokens: Tensor) -> Tensor:
+    with torch.no_grad():
+        return model(torch.zeros(len(tokens), 3, 64, 64), tokens)["text_features"]
+
+
+def test_open_clip_tower_reads_what_its_tokenizer_writes() -> None:
+    config = open_clip_text_config(width=16, heads=2, layers=1, context_length=9)
+    tokenizer = build_tokenizer(config)
+    assert isinstance(tokenizer, SimpleTokenizer)
+    tokens = tokenizer(["a red apple", "two apples"])
+    assert tokens.shape == (2, 9)
+    assert tokens.dtype == torch.int64
+    model = build(config)
+    assert model.text.context_length == 9
+    assert model.text.token_embedding.weight.shape == (49408, 16)
+    features = encode(model, tokens)
+    assert features.shape == (2, 8)
+    torch.testing.assert_close(features.norm(dim=1), torch.ones(2))
+    assert not torch.allclose(features[0], features[1], atol=1e-3)
+
+
+@pytest.mark.parametrize("projection", ["linear", "mlp"])
+def test_hugging_face_tower_loads_the_folder(folder: Path, projection: Any) -> None:
+    config = hugging_face_text_config(folder, 7, projection)
+    tokenizer = build_tokenizer(config)
+    assert isinstance(tokenizer, HFTokenizer)
+    tokens = tokenizer(["a red apple", "apples"])
+    assert tokens.tolist() == [[2, 5, 6, 7, 3, 0, 0], [2, 7, 9, 3, 0, 0, 0]]
+    model = build(config)
+    saved = AutoModel.from_pretrained(folder).state_dict()
+    for name, value in model.text.transformer.state_dict().items():
+        assert torch.equal(value, saved[name])
+    linears = [module for module in model.text.proj.modules() if isinstance(module, nn.Linear)]
+    assert len(linears) == {"linear": 1, "mlp": 2}[projection]
+    # Padding is masked and mean pooling skips it: the length of the row does not matter.
+    features = encode(model, tokens)
+    torch.testing.assert_close(features[1:], encode(model, tokens[1:, :4]))
+
+
+def test_random_weights_need_no_weight_file(folder: Path) -> None:
+    saved = AutoModel.from_pretrained(folder).embeddings.word_embeddings.weight
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match="safetensors"):
+        hugging_face_text_config(folder, 7)
+    model = build(hugging_face_text_config(folder, 7, pretrained=False))
+    drawn = model.text.transformer.embeddings.word_embeddings.weight
+    assert drawn.shape == saved.shape
+    assert not torch.equal(drawn, saved)
+
+
+def test_folder_that_is_no_model_is_refused(folder: Path) -> None:
+    with pytest.raises(ValueError, match="does not exist"):
+        hugging_face_text_config(folder / "elsewhere", 7)
+    for path in folder.glob("*token*"):
+        path.unlink()
+    with pytest.raises(ValueError, match=r"tokenizer\.json"):
+        hugging_face_text_config(folder, 7)
+    edit_config(folder, model_type="distilbert")
+    with pytest.raises(ValueError, match="'distilbert'; it takes bert, m2m_100"):
+        hugging_face_text_config(folder, 7)
+    (folder / "config.json").write_text("{")
+    with pytest.raises(ValueError, match="not valid JSON"):
+        hugging_face_text_config(folder, 7)
+
+
+def test_context_must_fit_the_positions(folder: Path) -> None:
+    assert hugging_face_text_config(folder, 12)["context_length"] == 12
+    for length in (0, 13):
+        with pytest.raises(ValueError, match="1 to 12"):
+            hugging_face_text_config(folder, length)
+    # RoBERTa starts counting behind its padding id.
+    RobertaConfig(max_position_embeddings=12).save_pretrained(folder)
+    with pytest.raises(ValueError, match="1 to 10"):
+        hugging_face_text_config(folder, 11)
+    # T5 has relative positions and no limit.
+    MT5Config().save_pretrained(folder)
+    assert hugging_face_text_config(folder, 2000)["context_length"] == 2000
+
+
+def test_unknown_projection_is_refused(folder: Path) -> None:
+    projection: Any = "none"
+    with pytest.raises(ValueError, match="'linear' or 'mlp'"):
+        hugging_face_text_config(folder, 7, projection)
+
+
+def test_tokenizer_of_another_model_is_refused(folder: Path) -> None:
+    config = hugging_face_text_config(folder, 7)
+    edit_config(folder, pad_token_id=3)
+    with pytest.raises(ValueError, match=r"pads with id 0, .* expects 3"):
+        build_tokenizer(config)
+    edit_config(folder, pad_token_id=0, vocab_size=9)
+    with pytest.raises(ValueError, match=r"10 entries, .* 9 embeddings"):
+        build_tokenizer(config)
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"), [({"heads": 3}, "16 is not divisible by 3"), ({"layers": 0}, "layers")]
+)
+def test_impossible_sizes_are_refused(change: dict[str, int], problem: str) -> None:
+    sizes = {"width": 16, "heads": 2, "layers": 1, "context_length": 9} | change
+    with pytest.raises(ValueError, match=problem):
+        open_clip_text_config(**sizes)
