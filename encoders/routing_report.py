@@ -243,7 +243,12 @@ def _overlay(axis: Axes, picture: Tensor, heat: Tensor, norm: LogNorm) -> None:
 def _add_scale(figure: Figure, axes: Any, top: float) -> None:
     """A colour bar labelled in multiples of the uniform weight."""
     bar = figure.colorbar(
-        ScalarMappable(LogNorm(1.0, top), HEAT), ax=axes, aspect=20, pad=0.02, shrink=0.6, extend="max"
+        ScalarMappable(LogNorm(1.0, top), HEAT),
+        ax=axes,
+        aspect=20,
+        pad=0.02,
+        shrink=0.6,
+        extend="max",
     )
     ticks = [1.0, math.sqrt(top), top]
     bar.set_ticks(ticks, labels=[f"{tick:.3g}x" for tick in ticks], fontsize=6)

@@ -1,8 +1,9 @@
-"""How far a measured figure would move on another sample of the same size."""
+"""How far a measured figure would move on another sample, and what chance alone would give."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -44,3 +45,25 @@ def bootstrap_interval(
     draws = [statistic(data[rng.integers(data.size, size=data.size)]) for _ in range(samples)]
     low, high = np.quantile(draws, (0.025, 0.975))
     return float(low), float(high)
+
+
+def chance_recall(answers: Sequence[int], pool: int, k: int) -> float:
+    """Recall at k of a random ranking, averaged over queries.
+
+    Args:
+        answers: right answers of each query, at least one and at most `pool`.
+        pool: entries that are ranked.
+        k: how many of the first entries count; at most `pool`.
+
+    Returns:
+        The mean of 1 - C(pool - a, k) / C(pool, k) over the queries' a.
+
+    Raises:
+        ValueError: a number out of range.
+    """
+    if not 1 <= k <= pool:
+        raise ValueError(f"k={k}: must be between 1 and the pool of {pool}")
+    if not answers or min(answers) < 1 or max(answers) > pool:
+        raise ValueError(f"every query needs 1 to {pool} right answers")
+    misses = [math.comb(pool - a, k) / math.comb(pool, k) for a in answers]
+    return 1 - sum(misses) / len(misses)

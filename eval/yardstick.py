@@ -52,27 +52,41 @@ def pixel_nearest_neighbour(
     Raises:
         ValueError: shapes do not fit, a split is empty or a k is below 1.
     """
-    _check_labels("train", train_images, train_labels)
     _check_labels("test", test_images, test_labels)
     if not topk or min(topk) < 1:
         raise ValueError(f"topk={tuple(topk)}: give one or more k of at least 1")
-    train_features = _pixel_features(train_images)
-    test_features = _pixel_features(test_images)
     classes = int(max(train_labels.max(), test_labels.max())) + 1
+    scores = pixel_class_scores(train_images, train_labels, test_images, classes)
+    right = scores.gather(1, test_labels[:, None])
     column = torch.arange(classes)
-
-    ranks = []
-    for features, labels in zip(
-        test_features.split(CHUNK), test_labels[:, None].split(CHUNK), strict=True
-    ):
-        similarity = features @ train_features.T  # (chunk, N)
-        best = similarity.new_full((len(labels), classes), -torch.inf)
-        best.scatter_reduce_(1, train_labels.expand_as(similarity), similarity, "amax")
-        right = best.gather(1, labels)
-        ahead = (best > right) | ((best == right) & (column < labels))
-        ranks.append(torch.where(right[:, 0].isfinite(), ahead.sum(1), classes))
-    rank = torch.cat(ranks)
+    ahead = (scores > right) | ((scores == right) & (column < test_labels[:, None]))
+    rank = torch.where(right[:, 0].isfinite(), ahead.sum(1), classes)
     return {f"acc{k}": (rank < min(k, classes)).double().mean().item() for k in topk}
+
+
+def pixel_class_scores(
+    train_images: Tensor, train_labels: Tensor, test_images: Tensor, classes: int
+) -> Tensor:
+    """Similarity of each test picture to the nearest training picture of each class.
+
+    Args:
+        train_images, train_labels, test_images: as for `pixel_nearest_neighbour`.
+        classes: C, more than the largest label.
+
+    Returns:
+        float32 (M, C); -inf for classes without training pictures.
+
+    Raises:
+        ValueError: shapes do not fit or a split is empty.
+    """
+    _check_labels("train", train_images, train_labels)
+    train_features = _pixel_features(train_images)
+    rows = []
+    for features in _pixel_features(test_images).split(CHUNK):
+        similarity = features @ train_features.T  # (chunk, N)
+        best = similarity.new_full((len(features), classes), -torch.inf)
+        rows.append(best.scatter_reduce_(1, train_labels.expand_as(similarity), similarity, "amax"))
+    return torch.cat(rows)
 
 
 def word_bridge(

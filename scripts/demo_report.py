@@ -1,0 +1,305 @@
+"""Figures and pictures of the demo: a table on the terminal and one HTML page."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from data_pipelines.evaluation import EvaluationSet
+from encoders.routing_report import choose_slots, collect_routing, draw_slot_maps
+from eval.config import EvaluationSetConfig
+from eval.image_text import Embeddings, ImageTextEvaluator
+from eval.open_model import OpenedModel, open_model
+from eval.report import (
+    Curve,
+    ImageQuery,
+    Picture,
+    Report,
+    Table,
+    TextQuery,
+    read_jsonl,
+    smooth,
+    write_report,
+)
+from eval.retrieval import RetrievalRanks, ranks_from_similarity, recall_from_ranks
+from eval.statistics import chance_recall
+from eval.tables import short, text_table
+from eval.yardstick import pixel_class_scores, pixel_nearest_neighbour, word_bridge
+from scripts.demo import read_records
+
+SIZE = 64
+RECALLS = (1, 5, 10)
+ARROWS = {"text_retrieval": "image → text", "image_retrieval": "text → image"}
+
+
+@dataclass(frozen=True)
+class PictureSet:
+    """All pictures of one split: images uint8 (N, 3, 64, 64), labels int64 (N,), the captions
+    and, in one string, the name and keywords of each."""
+
+    images: Tensor
+    labels: Tensor
+    captions: list[list[str]]
+    words: list[str]
+
+
+def build_report(folder: Path, data: Path, seconds: dict[str, float]) -> Path:
+    """Print the table and write `report.html`; needs the runs and `evaluation.json` in `folder`."""
+    sets = {name: load_set(data / name) for name in ("train", "test", "test-unseen")}
+    table = results_table(read_records(folder / "evaluation.json"), sets)
+    print("\n" + text_table(table.header, table.rows))
+    opened = open_model(str(folder / "contrastive"))
+    config = EvaluationSetConfig(
+        shards=str(data / "test" / "*.tar"), classnames="", caption_key="txt"
+    )
+    evaluator = ImageTextEvaluator(
+        config, opened.image_size, opened.tokenizer, opened.mean, opened.std
+    )
+    embedded = evaluator.embed(*evaluator.encoders(opened.model))
+    minutes = sum(seconds.values()) / 60
+    report = Report(
+        title="Soft MoE CLIP on emoji",
+        summary=[
+            "An image encoder with Soft MoE layers and a small text tower, trained on five drawing"
+            " styles and measured on a sixth that no training step has seen.",
+            f"Pretraining, contrastive training and evaluation took {minutes:.1f} minutes here.",
+        ],
+        tables=[table],
+        curves=curves(folder),
+        text_queries=text_queries(embedded, sets["test"], 8, 5),
+        image_queries=image_queries(embedded, sets["test"], 8, 3),
+        pictures=[slot_picture(opened, sets["test"])],
+        facts=facts(folder, seconds),
+    )
+    path = folder / "report.html"
+    write_report(report, path)
+    return path
+
+
+def load_set(folder: Path) -> PictureSet:
+    """Read a split that `data_pipelines.emoji.prepare` wrote."""
+    names = (folder / "classnames.txt").read_text(encoding="utf-8").splitlines()
+    dataset = EvaluationSet(
+        str(folder / "*.tar"),
+        SIZE,
+        image_keys=["webp"],
+        caption_key="txt",
+        label_key="cls",
+        num_classes=len(names),
+    )
+    samples = [dataset[number] for number in range(len(dataset))]
+    return PictureSet(
+        torch.stack([sample["image"] for sample in samples]),
+        torch.tensor([sample["label"] for sample in samples]),
+        [sample["captions"] for sample in samples],
+        [_words(dataset, number) for number in range(len(dataset))],
+    )
+
+
+def _words(dataset: EvaluationSet, number: int) -> str:
+    record = json.loads(dataset.reader.read(number, "json") or b"{}")
+    return " ".join([record["name"], *record["keywords"]])
+
+
+def results_table(
+    records: dict[tuple[str, str], dict[str, float | None]], sets: dict[str, PictureSet]
+) -> Table:
+    """The test figures beside chance and beside baselines that train nothing."""
+    train, test, unseen = sets["train"], sets["test"], sets["test-unseen"]
+    classes = int(train.labels.max()) + 1
+    pixels = pixel_nearest_neighbour(train.images, train.labels, test.images, test.labels)
+    bridge = word_bridge(
+        train.images,
+        train.words,
+        unseen.images,
+        unseen.labels,
+        _words_by_label(unseen),
+    )
+    seen_scores = records["test", "zeroshot_classification"]
+    unseen_scores = records["test-unseen", "zeroshot_classification"]
+    choices = len(unseen.labels.unique())
+    rows = [
+        _row(f"seen concepts, top-{k} of {classes}", seen_scores[f"acc{k}"], pixels[f"acc{k}"],
+             k / classes)
+        for k in (1, 5)
+    ] + [
+        _row(f"unseen concepts, top-{k} of {choices}", unseen_scores[f"acc{k}"],
+             bridge if k == 1 else None, k / choices)
+        for k in (1, 5)
+    ]  # fmt: skip
+    found = records["test", "zeroshot_retrieval"]
+    baseline = pixel_retrieval(train, test, classes)
+    counts = [len(lines) for lines in test.captions]
+    for prefix, arrow in ARROWS.items():
+        texts = prefix == "text_retrieval"
+        answers = counts if texts else [1] * sum(counts)
+        pool = sum(counts) if texts else len(counts)
+        for k in RECALLS:
+            name = f"{prefix}_recall@{k}"
+            chance = chance_recall(answers, pool, k)
+            rows.append(_row(f"{arrow}, recall@{k} of {pool}", found[name], baseline[name], chance))
+    return Table(
+        "Test style (fluent-3d), never seen in training",
+        ["task", "model", "no training", "chance"],
+        rows,
+        note="No training: the nearest training picture by 16x16 pixel averages, and for unseen"
+        " concepts the words of the ten nearest (word bridge).",
+    )
+
+
+def _row(name: str, value: float | None, baseline: float | None, chance: float) -> list[str]:
+    return [name, short(value), short(baseline), f"{chance:.4f}"]
+
+
+def _words_by_label(pictures: PictureSet) -> list[str]:
+    words = dict(zip(pictures.labels.tolist(), pictures.words, strict=True))
+    return [words[label] for label in sorted(words)]
+
+
+def pixel_retrieval(train: PictureSet, test: PictureSet, classes: int) -> dict[str, float]:
+    """Retrieval by pixels: a caption is as near to a picture as the training pictures of the
+    caption's concept are."""
+    scores = pixel_class_scores(train.images, train.labels, test.images, classes)
+    owners = torch.tensor(
+        [image for image, lines in enumerate(test.captions) for _ in lines], dtype=torch.int64
+    )
+    similarity = scores[:, test.labels[owners]]
+    relevant = owners[None, :] == torch.arange(len(test.images))[:, None]
+    ranks = RetrievalRanks(
+        ranks_from_similarity(similarity, relevant),
+        ranks_from_similarity(similarity.T, relevant.T),
+    )
+    return recall_from_ranks(ranks, RECALLS)
+
+
+def curves(folder: Path) -> list[Curve]:
+    """Loss of both stages, and validation figures over the samples seen."""
+    charts = []
+    for name, title in (("pretrain", "Pretraining"), ("contrastive", "Contrastive training")):
+        rows = read_jsonl(folder / name / "metrics.jsonl")
+        raw = [(float(row["step"]), float(row["loss"])) for row in rows]
+        half_life = max(1.0, raw[-1][0] / 50)
+        series = {"loss": raw, "smoothed": smooth(raw, half_life)}
+        charts.append(Curve(f"{title}: loss", "step", "loss", series))
+    rows = read_jsonl(folder / "contrastive" / "eval.jsonl")
+    shown = {
+        "zero-shot top-1": "val/acc1",
+        "zero-shot top-5": "val/acc5",
+        "image → text recall@1": "val/text_retrieval_recall@1",
+        "text → image recall@10": "val/image_retrieval_recall@10",
+    }
+    series = {
+        label: [(float(row["step"]), float(row[key])) for row in rows if row.get(key) is not None]
+        for label, key in shown.items()
+    }
+    series = {label: points for label, points in series.items() if points}
+    charts.append(Curve("Validation style (fluent-flat)", "step", "share", series))
+    return charts
+
+
+def _spread(count: int, total: int) -> list[int]:
+    """Evenly spaced indices: a fixed choice that nobody has picked."""
+    return [(2 * i + 1) * total // (2 * count) for i in range(count)]
+
+
+def text_queries(
+    embedded: Embeddings, pictures: PictureSet, count: int, answers: int
+) -> list[TextQuery]:
+    """The best pictures for the first captions of evenly spaced test pictures."""
+    images = torch.nn.functional.normalize(embedded.images, dim=1)
+    texts = torch.nn.functional.normalize(embedded.texts, dim=1)
+    first = {int(owner): text for text, owner in reversed(list(enumerate(embedded.image_of_text)))}
+    queries = []
+    for owner in _spread(count, len(images)):
+        scores, best = (images @ texts[first[owner]]).topk(answers)
+        queries.append(
+            TextQuery(
+                embedded.captions[first[owner]],
+                [_picture(pictures, int(i)) for i in best],
+                scores.tolist(),
+                [int(i) == owner for i in best],
+            )
+        )
+    return queries
+
+
+def image_queries(
+    embedded: Embeddings, pictures: PictureSet, count: int, answers: int
+) -> list[ImageQuery]:
+    """The best captions for evenly spaced test pictures (others than those of the captions)."""
+    images = torch.nn.functional.normalize(embedded.images, dim=1)
+    texts = torch.nn.functional.normalize(embedded.texts, dim=1)
+    queries = []
+    for place in _spread(2 * count, len(images))[1::2]:
+        scores, best = (texts @ images[place]).topk(answers)
+        queries.append(
+            ImageQuery(
+                _picture(pictures, place),
+                [embedded.captions[int(i)] for i in best],
+                scores.tolist(),
+                [int(embedded.image_of_text[int(i)]) == place for i in best],
+            )
+        )
+    return queries
+
+
+def _picture(pictures: PictureSet, number: int) -> Any:
+    return pictures.images[number].permute(1, 2, 0).numpy()
+
+
+def slot_picture(
+    opened: OpenedModel, pictures: PictureSet, rows: int = 5, columns: int = 6
+) -> Picture:
+    """What some slots of the last Soft MoE layer look at, over test pictures."""
+    images = pictures.images[_spread(rows, len(pictures.images))]
+    trunk = opened.model.visual.trunk
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (opened.mean, opened.std))
+    many = pictures.images[_spread(64, len(pictures.images))]
+    layer, routing = list(collect_routing(trunk, (many / 255 - mean) / std).items())[-1]
+    chosen = choose_slots(routing.dispatch, columns)
+    shown = collect_routing(trunk, (images / 255 - mean) / std)[layer]
+    figure = draw_slot_maps(images, shown.dispatch, chosen)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    return Picture(
+        f"What slots look at ({layer})",
+        buffer.getvalue(),
+        alt=f"Heat maps of {columns} slots over {rows} pictures",
+        note="Dispatch weights of the last Soft MoE layer, in multiples of a uniform weight. The"
+        " slots are chosen because they are concentrated and differ from one another.",
+    )
+
+
+def facts(folder: Path, seconds: dict[str, float]) -> dict[str, str]:
+    """What it takes to repeat the run."""
+    contrastive = json.loads((folder / "contrastive" / "env.json").read_text(encoding="utf-8"))
+    speed = read_jsonl(folder / "contrastive" / "metrics.jsonl")[-1]["samples_per_second"]
+    return {
+        "machine": f"{_processor()}, {os.cpu_count()} cores",
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("torch", "timm", "open_clip_torch")},
+        "contrastive command": " ".join(contrastive["command"]),
+        "contrastive speed": f"{speed:.0f} images/s",
+        **{f"time for {name}": f"{value / 60:.1f} min" for name, value in seconds.items()},
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names: Sequence[str] = [
+        line.partition(":")[2].strip() for line in lines if "model name" in line
+    ]
+    return names[0] if names else platform.machine()
