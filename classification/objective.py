@@ -7,42 +7,63 @@ from typing import Any
 import timm
 import torch
 from timm.data import Mixup
-from torch import Tensor, nn
+from torch import Tensor
 
-import encoders.variants  # noqa: F401  (registers the models with timm)
 from classification.config import ClassifierConfig
 from classification.losses import LOSSES, smooth_targets
 from encoders.pixels import Normalize
+from encoders.variants import input_size
 from training.objective import Batch, Metrics, Objective
 
 
-def build_classifier(config: ClassifierConfig, num_classes: int) -> nn.Module:
+def build_classifier(config: ClassifierConfig, num_classes: int) -> Any:
     """A fresh timm model with a head for `num_classes` classes.
 
     Raises:
         ValueError: timm does not know the name.
     """
-    if not timm.is_model(config.name):
-        raise ValueError(f"model '{config.name}' is unknown: see encoders/variants.py for names")
+    input_size(config.name)  # refuses names that timm does not know
     options: dict[str, Any] = {"num_classes": num_classes, "drop_path_rate": config.drop_path}
     if config.patch_dropout:
         options["patch_drop_rate"] = config.patch_dropout
     return timm.create_model(config.name, **options)
 
 
+# What timm has to know of a saved model, of the settings that it keeps of every model.
+SETTINGS = (
+    "input_size",
+    "fixed_input_size",
+    "mean",
+    "std",
+    "interpolation",
+    "crop_pct",
+    "crop_mode",
+    "pool_size",
+    "first_conv",
+    "classifier",
+)
+
+
 class ClassificationObjective(Objective):
     """Softmax or sigmoid cross-entropy of a timm model, with timm's mixup and label smoothing.
 
     Batches hold `image` uint8 (B, 3, H, W) and `label` int64 (B,) or float (B, C).
+
+    Raises:
+        ValueError: smoothing or mixup settings out of range.
     """
 
-    def __init__(self, model: nn.Module, config: ClassifierConfig, num_classes: int) -> None:
+    def __init__(self, model: Any, config: ClassifierConfig, num_classes: int) -> None:
         super().__init__()
         self.model, self.config, self.num_classes = model, config, num_classes
         settings = model.pretrained_cfg
         self.normalize = Normalize(settings["mean"], settings["std"])
         self.compute_loss = LOSSES[config.loss]
         self.mixup = None
+        if not 0 <= config.label_smoothing < 1 or min(config.mixup, config.cutmix) < 0:
+            raise ValueError(
+                "model.label_smoothing must be in [0, 1), model.mixup and model.cutmix at least 0"
+            )
         if config.mixup or config.cutmix:
             self.mixup = Mixup(
                 config.mixup, config.cutmix, label_smoothing=0.0, num_classes=num_classes
@@ -70,15 +91,7 @@ class ClassificationObjective(Objective):
                 "architecture": self.config.name,
                 "num_classes": self.num_classes,
                 "num_features": self.model.num_features,
-                "pretrained_cfg": {
-                    name: settings[name]
-                    for name in ("input_size", "mean", "std", "interpolation", "crop_pct")
-                }
-                | {
-                    "num_classes": self.num_classes,
-                    "first_conv": "patch_embed.proj",
-                    "classifier": "head",
-                    "pool_size": None,
-                },
+                "pretrained_cfg": {name: settings[name] for name in SETTINGS if name in settings}
+                | {"num_classes": self.num_classes},
             }
         }

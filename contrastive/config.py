@@ -37,7 +37,7 @@ class TextTowerConfig:
     projection: Literal["linear", "mlp"] = "linear"
     """Head on a Hugging Face model; it is trained even when the model is frozen."""
     frozen: bool = False
-    """Keep the text tower as it is."""
+    """Keep the text tower (of a Hugging Face model: all but its projection) as it is."""
 
 
 @dataclass

@@ -6,41 +6,35 @@ import math
 from pathlib import Path
 from typing import Any
 
-import timm
 from open_clip.model import CustomTextCLIP
+from torch import nn
 
-import encoders.variants  # noqa: F401  (registers the image towers with timm)
 from contrastive.config import ContrastiveConfig, ImageTowerConfig, TextTowerConfig
 from encoders.text_towers import hugging_face_text_config, open_clip_text_config
+from encoders.variants import input_size
 from training.checkpoint import CheckpointError, load_tensors, load_weights, newest_checkpoint
-
-
-def image_size_of(name: str) -> int:
-    """Pixels per side that the named timm model expects."""
-    config = timm.get_pretrained_cfg(name)
-    if config is None or config.input_size is None:
-        raise ValueError(f"image tower '{name}' is unknown: see encoders/variants.py for names")
-    return config.input_size[-1]
 
 
 def model_config(
     image: ImageTowerConfig, text: TextTowerConfig, contrastive: ContrastiveConfig
 ) -> dict[str, Any]:
-    """The model as open_clip describes it: what goes into `open_clip_config.json`."""
-    if not timm.is_model(image.name):
-        raise ValueError(f"image tower '{image.name}' is unknown: see encoders/variants.py")
+    """The model as open_clip describes it: what goes into `open_clip_config.json`.
+
+    Raises:
+        ValueError: an unknown image tower, an unusable text tower, or a setting out of range.
+    """
     if text.kind == "open_clip":
         text_config = open_clip_text_config(
             text.width, text.heads, text.layers, text.context_length
         )
     else:
         text_config = hugging_face_text_config(text.folder, text.context_length, text.projection)
-    vision_config = {
+    vision_config: dict[str, Any] = {
         "timm_model_name": image.name,
         "timm_model_pretrained": False,
         "timm_pool": "avg",
         "timm_proj": "linear",
-        "image_size": image_size_of(image.name),
+        "image_size": input_size(image.name),
     }
     if image.drop_path:
         vision_config["timm_drop_path"] = image.drop_path
@@ -53,7 +47,13 @@ def model_config(
         "custom_text": True,
     }
     siglip = contrastive.loss == "siglip"
-    scale = contrastive.logit_scale or (10.0 if siglip else 1 / 0.07)
+    scale = contrastive.logit_scale
+    if scale is None:
+        scale = 10.0 if siglip else 1 / 0.07
+    if scale <= 0:
+        raise ValueError(f"contrastive.logit_scale must be positive, got {scale}")
+    if contrastive.max_logit_scale < 0:
+        raise ValueError("contrastive.max_logit_scale must not be negative; 0 turns it off")
     config["init_logit_scale"] = math.log(scale)
     if siglip:
         config["init_logit_bias"] = (
@@ -62,13 +62,23 @@ def model_config(
     return config
 
 
-def build_dual_encoder(config: dict[str, Any]) -> CustomTextCLIP:
+def build_dual_encoder(config: dict[str, Any]) -> Any:
     """A fresh model from `model_config`; open_clip's factory builds the same one."""
     arguments = {name: value for name, value in config.items() if name != "custom_text"}
     return CustomTextCLIP(**arguments, output_dict=True)
 
 
-def load_image_trunk(model: CustomTextCLIP, source: str) -> None:
+def frozen_parts(
+    model: Any, image: ImageTowerConfig, text: TextTowerConfig
+) -> tuple[nn.Module, ...]:
+    """The modules that the settings freeze; projections on top of pretrained models are not."""
+    parts: list[nn.Module] = [model.visual.trunk] if image.frozen else []
+    if text.frozen:
+        parts.append(model.text.transformer if text.kind == "hugging_face" else model.text)
+    return tuple(parts)
+
+
+def load_image_trunk(model: Any, source: str) -> None:
     """Load a classification checkpoint into the image trunk; its head is left out.
 
     Args:

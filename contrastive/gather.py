@@ -22,7 +22,8 @@ class _GatherRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        gradient = gradients[0].contiguous()
+        # A copy: autograd may still need the gradient that it hands over.
+        gradient = gradients[0].clone(memory_format=torch.contiguous_format)
         distributed.all_reduce(gradient)
         start = distributed.get_rank() * ctx.count
         return gradient[start : start + ctx.count]

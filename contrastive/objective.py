@@ -6,7 +6,6 @@ import math
 from typing import Any
 
 import torch
-from open_clip.model import CustomTextCLIP
 from torch import Tensor, nn
 
 from contrastive.config import ContrastiveConfig
@@ -14,6 +13,9 @@ from contrastive.gather import gather_rows, rank
 from contrastive.losses import clip_loss, normalize_features, siglip_loss
 from encoders.pixels import Normalize
 from training.objective import Batch, Metrics, Objective
+
+# Position embeddings of text towers: open_clip's transformer, BERT and RoBERTa, and T5.
+POSITIONS = ("positional_embedding", "position_embeddings", "relative_attention_bias")
 
 
 class ContrastiveObjective(Objective):
@@ -36,7 +38,7 @@ class ContrastiveObjective(Objective):
 
     def __init__(
         self,
-        model: CustomTextCLIP,
+        model: Any,
         model_config: dict[str, Any],
         config: ContrastiveConfig,
         mean: tuple[float, ...],
@@ -72,9 +74,9 @@ class ContrastiveObjective(Objective):
         """Loss and metrics from unit rows (b, D) of this process."""
         all_groups = None if groups is None else gather_rows(groups)
         all_text, offset = gather_rows(text), rank() * len(image)
-        scale = features["logit_scale"].float()
+        scale = features["logit_scale"]
         if self.config.loss == "siglip":
-            bias = features["logit_bias"].float()
+            bias = features["logit_bias"]
             loss = siglip_loss(image, all_text, scale, bias, offset, groups, all_groups)
         else:
             all_image = gather_rows(image)
@@ -84,15 +86,17 @@ class ContrastiveObjective(Objective):
             accuracy = ((image @ all_text.T).argmax(dim=1) == own).float().mean()
         metrics = {"batch_accuracy": accuracy, "logit_scale": scale.detach()}
         if self.config.loss == "siglip":
-            metrics["logit_bias"] = features["logit_bias"].detach().float()
+            metrics["logit_bias"] = features["logit_bias"].detach()
         return loss, metrics
 
     def no_weight_decay(self) -> set[str]:
-        trunk = self.model.visual.trunk
-        names = {f"visual.trunk.{name}" for name in trunk.no_weight_decay()}
-        # The second is how open_clip's own text transformer calls its position embedding.
-        names |= {"logit_scale", "logit_bias", "text.positional_embedding"}
-        return names & {name for name, _ in self.model.named_parameters()}
+        named = getattr(self.model.visual.trunk, "no_weight_decay", set)
+        names = {f"visual.trunk.{name}" for name in named()} | {"logit_scale", "logit_bias"}
+        return {
+            name
+            for name, _ in self.model.named_parameters()
+            if name in names or any(part in name for part in POSITIONS)
+        }
 
     def after_step(self) -> None:
         if self.config.max_logit_scale:

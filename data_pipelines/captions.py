@@ -7,6 +7,8 @@ import json
 
 import torch
 
+MAX_BYTES = 1 << 20
+
 
 class FieldError(ValueError):
     """A member that cannot be used; the message is the reason, in a few words."""
@@ -21,17 +23,19 @@ def read_field(key: str, data: bytes | None) -> object:
     """Text of a member, or one field of a JSON member for keys such as 'json:caption'.
 
     Raises:
-        FieldError: the member or the field is missing or cannot be parsed.
+        FieldError: the member or the field is missing, cannot be parsed, or is over MAX_BYTES.
     """
     member, _, field = key.partition(":")
     if data is None:
         raise FieldError(f"no {member} member")
-    text = data.decode("utf-8", errors="replace")
+    if len(data) > MAX_BYTES:  # tokenizers and parsers would take seconds and much memory
+        raise FieldError(f"{member} member over {MAX_BYTES} bytes")
+    text = data.decode("utf-8-sig", errors="replace")
     if not field:
         return text
     try:
         record = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise FieldError(f"broken {member} member") from error
     if not isinstance(record, dict) or record.get(field) is None:
         raise FieldError(f"no field '{field}' in {member}")
@@ -39,13 +43,15 @@ def read_field(key: str, data: bytes | None) -> object:
 
 
 def captions_of(value: object) -> list[str]:
-    """Non-empty captions: one per line of a text, or the entries of a list.
+    """Non-empty captions: one per line of a text, or the strings in a list.
 
     Raises:
         FieldError: there is none.
     """
-    lines = value if isinstance(value, list) else str(value).splitlines()
-    captions = [str(line).strip() for line in lines if str(line).strip()]
+    entries = value.splitlines() if isinstance(value, str) else value
+    captions: list[str] = []
+    if isinstance(entries, list):
+        captions = [e.strip() for e in entries if isinstance(e, str) and e.strip()]
     if not captions:
         raise FieldError("no caption")
     return captions

@@ -21,10 +21,11 @@ class EvaluationSet(Dataset[dict[str, Any]]):
     """Samples in shard order: {image uint8 (3, S, S), number, captions, label, key}.
 
     `captions` is a list of strings (empty without `caption_key`), `label` an int (-1 without
-    `num_classes`). Samples that cannot be used come as None and are counted by `load`.
+    `label_key`). A sample that cannot be used comes as {number, skipped: the reason}.
 
     Raises:
         ShardError: missing, empty or unsuitable shards.
+        ValueError: labels without a number of classes, or an unknown resize mode.
     """
 
     def __init__(
@@ -39,6 +40,8 @@ class EvaluationSet(Dataset[dict[str, Any]]):
         resize_mode: str = "squash",
         max_pixels: int = 64_000_000,
     ) -> None:
+        if label_key is not None and num_classes < 1:
+            raise ValueError(f"label_key '{label_key}' needs num_classes of at least 1")
         self.index = index_shards(expand_shards(shards))
         self.index.require("picture", image_keys)
         if caption_key is not None:
@@ -53,20 +56,20 @@ class EvaluationSet(Dataset[dict[str, Any]]):
     def __len__(self) -> int:
         return len(self.index)
 
-    def __getitem__(self, sample: int) -> dict[str, Any]:
-        fields: dict[str, Any] = {"number": sample, "key": str(self.index.keys[sample])}
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        fields: dict[str, Any] = {"number": index, "key": str(self.index.keys[index])}
         try:
             fields["captions"] = []
             if self.caption_key is not None:
-                member = self.reader.read(sample, member_of(self.caption_key))
+                member = self.reader.read(index, member_of(self.caption_key))
                 fields["captions"] = captions_of(read_field(self.caption_key, member))
             fields["label"] = -1
             if self.label_key is not None:
-                member = self.reader.read(sample, member_of(self.label_key))
+                member = self.reader.read(index, member_of(self.label_key))
                 fields["label"] = label_of(read_field(self.label_key, member), self.num_classes)
-            image = read_image(self.reader, sample, self.image_keys, self.max_pixels)
+            image = read_image(self.reader, index, self.image_keys, self.max_pixels)
         except (FieldError, SkipSample) as error:
-            return {"number": sample, "skipped": str(error)}
+            return {"number": index, "skipped": str(error)}
         return fields | {"image": self.transform(image)}
 
     def batches(
@@ -83,6 +86,8 @@ class EvaluationSet(Dataset[dict[str, Any]]):
             sampler=range(rank, len(self), world),
             num_workers=workers,
             collate_fn=_collate_usable,
+            # A loader draws one number; not from the generator that training uses.
+            generator=torch.Generator(),
         )
         return iter(loader)
 

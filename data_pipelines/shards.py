@@ -1,7 +1,7 @@
 """Finding webdataset shards and knowing where every sample in them lies.
 
-A shard is a plain tar file in which the members of one sample stand next to each other and share
-the name up to the first dot (img2dataset's layout: `000012.jpg`, `000012.txt`, `000012.json`).
+A shard is a plain tar file in which the members of one sample share the name up to the first dot
+(img2dataset's layout: `000012.jpg`, `000012.txt`, `000012.json`).
 The index holds the offset and length of every member, so that any sample can be read on its own.
 """
 
@@ -19,6 +19,9 @@ from pathlib import Path
 import numpy as np
 from webdataset.shardlists import expand_urls
 
+MAX_EXTENSIONS = 64
+Places = dict[str, tuple[int, int]]  # extension -> offset and length in bytes
+
 
 class ShardError(ValueError):
     """Shards that cannot be used; the message says which, why, and what to do."""
@@ -28,19 +31,31 @@ def expand_shards(pattern: str) -> list[str]:
     """Shard paths named by `pattern`: brace ranges, `*` globs, several joined by `::`.
 
     Raises:
-        ShardError: nothing matches, or a named file is missing.
+        ShardError: nothing matches, a named file is missing, or the pattern is malformed.
     """
-    if not pattern:
-        raise ShardError("no shards given: set data.shards, for example 'data/{0000..0099}.tar'")
+    if not all(pattern.split("::")):
+        raise ShardError(
+            f"no shards given in '{pattern}': set data.shards, for example"
+            " 'data/{0000..0099}.tar'"
+        )
     paths: list[str] = []
     for source in pattern.split("::"):
-        for name in expand_urls(source):
-            found = sorted(glob.glob(name)) if any(c in name for c in "*?[") else [name]
-            missing = [path for path in found if not os.path.isfile(path)]
-            if not found or missing:
-                raise ShardError(_missing_message(source, missing[0] if missing else name))
+        if "://" in source or source.startswith("pipe:"):
+            raise ShardError(f"only files are read: copy '{source}' to a disk or mount it")
+        for name in _expand_braces(source):
+            found = [name] if os.path.isfile(name) else sorted(glob.glob(name))
+            found = [path for path in found if os.path.isfile(path)]
+            if not found:
+                raise ShardError(_missing_message(source, name))
             paths += found
     return paths
+
+
+def _expand_braces(source: str) -> list[str]:
+    try:
+        return list(expand_urls(source))
+    except (ValueError, AssertionError) as error:  # unbalanced braces, unknown ${variable}
+        raise ShardError(f"shard pattern '{source}' is malformed: {error}") from error
 
 
 def _missing_message(source: str, name: str) -> str:
@@ -55,9 +70,10 @@ def _missing_message(source: str, name: str) -> str:
 class ShardIndex:
     """Every sample of a list of shards, in shard order.
 
-    `keys` (N,) are sample keys; `members[ext]` (N, 2) int64 holds offset and length in bytes of
-    that member, or -1 where a sample lacks it; `starts` (shards + 1,) are cumulative sample
-    counts; `truncated` names shards that end early (their complete samples are kept).
+    `keys` (N,) are sample keys, strings of any width; `members[ext]` (N, 2) int64 holds offset and
+    length in bytes of that member, or -1 where a sample lacks it; `starts` (shards + 1,) are
+    cumulative sample counts; `truncated` names shards that end early or are damaged (the complete
+    samples before that place are kept).
     """
 
     paths: tuple[str, ...]
@@ -96,80 +112,108 @@ class ShardIndex:
 def index_shards(paths: Sequence[str]) -> ShardIndex:
     """Read the tar headers of all shards (not their contents).
 
+    Within a shard, members belong to one sample by their key, whether or not they stand next to
+    each other; a member that its sample already has begins another sample with the same key.
+    Directories, links, hidden files and names without a dot are passed over.
+
     Raises:
-        ShardError: a shard is compressed or is no tar file, or all of them are empty.
+        ShardError: a shard is compressed or is no tar file, member names have dots in odd places,
+            or all shards are empty.
     """
-    keys: list[str] = []
-    rows: dict[str, dict[int, tuple[int, int]]] = {}
-    starts = [0]
+    starts, extensions = [0], set[str]()
+    keys: list[np.ndarray] = []
+    tables: list[dict[str, np.ndarray]] = []
     truncated: list[str] = []
     for path in paths:
-        complete = _index_one(path, keys, rows)
+        samples, complete = _read_headers(path)
         if not complete:
             truncated.append(path)
-        starts.append(len(keys))
-    if not keys:
-        raise ShardError(f"the shards hold no sample: '{paths[0]}' and {len(paths) - 1} more")
+        extensions.update(*(places for _, places in samples))
+        if len(extensions) > MAX_EXTENSIONS:
+            raise ShardError(_too_many_message(path, extensions))
+        # Arrays, because a Python object for each member of a large set would fill the memory.
+        keys.append(np.array([key for key, _ in samples], np.dtypes.StringDType()))
+        present = dict.fromkeys(ext for _, places in samples for ext in places)
+        tables.append({ext: _table(samples, ext) for ext in present})
+        starts.append(starts[-1] + len(samples))
+    if not starts[-1]:
+        raise ShardError(f"no sample in any of {len(paths)} shards, the first is '{paths[0]}'")
     members: dict[str, np.ndarray] = {}
-    for ext, places in rows.items():
-        table = np.full((len(keys), 2), -1, np.int64)
-        table[list(places)] = list(places.values())
-        members[ext] = table
+    for ext in sorted(extensions):
+        members[ext] = np.full((starts[-1], 2), -1, np.int64)
+        for start, table in zip(starts, tables, strict=False):
+            if ext in table:
+                members[ext][start : start + len(table[ext])] = table[ext]
     return ShardIndex(
-        tuple(paths), np.array(starts, np.int64), np.array(keys), members, tuple(truncated)
+        tuple(paths), np.array(starts, np.int64), np.concatenate(keys), members, tuple(truncated)
     )
 
 
-def _index_one(path: str, keys: list[str], rows: dict[str, dict[int, tuple[int, int]]]) -> bool:
-    """Append one shard's samples to `keys` and `rows`; false when the shard ends early."""
+def _table(samples: list[tuple[str, Places]], ext: str) -> np.ndarray:
+    places = [places.get(ext, (-1, -1)) for _, places in samples]
+    return np.array(places, np.int64).reshape(-1, 2)
+
+
+def _read_headers(path: str) -> tuple[list[tuple[str, Places]], bool]:
+    """Key and members of each sample of a shard, and false when the shard ends early."""
+    samples: list[tuple[str, Places]] = []
+    newest: dict[str, Places] = {}
     size = os.path.getsize(path)
-    if size == 0:
-        return False
-    last = None
+    if not size:
+        return samples, False
     try:
         with tarfile.open(path, "r:") as tar:
             for member in tar:
-                if not member.isreg():
-                    continue
+                if member.size < 0:
+                    return samples, False
                 key, ext = split_name(member.name)
-                if not ext:
+                if not ext or not member.isreg() or member.issparse():
                     continue
                 if member.offset_data + member.size > size:
-                    if key == last:  # an incomplete sample is no sample
-                        _forget(len(keys) - 1, keys, rows)
-                    return False
-                if key != last:
-                    keys.append(key)
-                    last = key
-                rows.setdefault(ext, {})[len(keys) - 1] = (member.offset_data, member.size)
-    except tarfile.ReadError as error:
+                    if ext not in newest.get(key, {}):  # an incomplete sample is no sample
+                        samples = [s for s in samples if s[1] is not newest.get(key)]
+                    return samples, False
+                if key not in newest or ext in newest[key]:
+                    newest[key] = {}
+                    samples.append((key, newest[key]))
+                newest[key][ext] = (member.offset_data, member.size)
+            end = tar.offset
+    except tarfile.TarError as error:
         if _is_compressed(path):
-            raise ShardError(f"'{path}' is compressed: unpack it with gunzip first") from error
-        if last is None:
+            raise ShardError(f"'{path}' is compressed: unpack it first (gunzip)") from error
+        if not samples:
             raise ShardError(f"'{path}' is not a tar file: {error}") from error
-        return False
-    # A tar ends with two blocks of zeros; without them the file was cut between two members.
+        return samples, False
+    # Reading also stops quietly at a damaged header; a whole tar ends in zeros, 20 blocks at most.
     with open(path, "rb") as file:
-        file.seek(max(0, size - 1024))
-        return not any(file.read())
+        file.seek(end)
+        rest = file.read(2 * tarfile.RECORDSIZE)
+    return samples, len(rest) >= tarfile.BLOCKSIZE and not any(rest)
 
 
-def _forget(row: int, keys: list[str], rows: dict[str, dict[int, tuple[int, int]]]) -> None:
-    keys.pop()
-    for places in rows.values():
-        places.pop(row, None)
+def _too_many_message(path: str, extensions: set[str]) -> str:
+    examples = ", ".join(sorted(extensions, key=len)[-3:])
+    return (
+        f"'{path}' has more than {MAX_EXTENSIONS} kinds of members ({examples}, ...): a name is cut"
+        " into key and extension at its first dot, so keys must not contain dots; rename them"
+    )
 
 
 def _is_compressed(path: str) -> bool:
     with open(path, "rb") as file:
         head = file.read(6)
-    return head[:2] == b"\x1f\x8b" or head[:3] == b"BZh" or head == b"\xfd7zXZ\x00"
+    return head.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ\x00", b"\x28\xb5\x2f\xfd"))
 
 
 def split_name(name: str) -> tuple[str, str]:
-    """Split a member's name into key and lower-case extension at the first dot of the file name."""
+    """Split a member's name into key and lower-case extension at the first dot of the file name.
+
+    The extension is empty for names without a dot and for hidden files, which are no members.
+    """
     folder, _, file = name.rpartition("/")
     stem, _, ext = file.partition(".")
+    if not stem:
+        return name, ""
     return (f"{folder}/{stem}" if folder else stem), ext.lower()
 
 

@@ -10,6 +10,7 @@ is replayed. Every sample is used exactly once per epoch; a batch may span two e
 from __future__ import annotations
 
 import hashlib
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -21,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from data_pipelines.shards import ShardError, ShardIndex
 
 Batch = dict[str, Any]
-SUBSTITUTES = 64
+ATTEMPTS = 64
 
 
 class SkipSample(ValueError):
@@ -42,9 +43,26 @@ class SampleOrder:
         self.sizes, self.seed, self.shuffle, self.window = sizes, seed, shuffle, window
         self.total = int(sizes.sum())
         self._cache: dict[tuple[int, int], np.ndarray] = {}
+        # Substitutes come from a span as long as the window, so that its permutation is at hand;
+        # of few or short windows, from more. Strides without a common factor with the span visit
+        # all of it, and near 0.38 of it their successive places lie far apart.
+        self.span = min(self.total, max(window, 4096))
+        self._stride = max(1, round(0.382 * self.span))
+        while math.gcd(self._stride, self.span) > 1:
+            self._stride += 1
 
     def __getstate__(self) -> dict[str, object]:
         return self.__dict__ | {"_cache": {}}
+
+    def substitute(self, serial: int, attempt: int) -> int:
+        """Serial number to try instead of `serial`: the same epoch, different for each attempt.
+
+        Attempt 0 is `serial` itself; attempts below `span` are all different.
+        """
+        epoch, position = divmod(serial, self.total)
+        first = min(position - position % self.window, self.total - self.span)
+        place = (position - first + attempt * self._stride) % self.span
+        return epoch * self.total + first + place
 
     def sample(self, serial: int) -> int:
         """Number of the sample, in shard order, that has the serial number `serial`."""
@@ -85,9 +103,8 @@ class StreamDataset(Dataset[dict[str, Any]]):
     """Samples by serial number, decoded and augmented with a generator keyed by (seed, serial).
 
     `load(sample)` returns the fields of one sample, drawing randomness from torch's default
-    generator, or raises SkipSample. A sample that is skipped is replaced by one that lies half an
-    epoch away in the same order (so that it cannot meet itself in the batch); the reason travels
-    with the batch in `skipped`.
+    generator, or raises SkipSample. A sample that is skipped is replaced by one from elsewhere in
+    the epoch's order (`SampleOrder.substitute`); the reason travels with the batch in `skipped`.
     """
 
     def __init__(
@@ -95,24 +112,22 @@ class StreamDataset(Dataset[dict[str, Any]]):
     ) -> None:
         self.order, self.load, self.seed = order, load, seed
 
-    def __getitem__(self, serial: int) -> dict[str, Any]:
+    def __getitem__(self, index: int) -> dict[str, Any]:
         skipped: list[str] = []
-        epoch, position = divmod(serial, self.order.total)
         outside = torch.get_rng_state()  # without workers this is the training process
         try:
-            for attempt in range(SUBSTITUTES):
-                jump = attempt * (self.order.total // 2 + 1)
-                place = epoch * self.order.total + (position + jump) % self.order.total
-                torch.default_generator.manual_seed(_hash(self.seed, serial) >> 65)
+            for attempt in range(min(ATTEMPTS, self.order.span)):
+                sample = self.order.sample(self.order.substitute(index, attempt))
+                torch.default_generator.manual_seed(_hash(self.seed, index) >> 65)
                 try:
-                    return self.load(self.order.sample(place)) | {"skipped": skipped}
+                    return self.load(sample) | {"skipped": skipped}
                 except SkipSample as reason:
                     skipped.append(str(reason))
         finally:
             torch.set_rng_state(outside)
         reasons = Counter(skipped).most_common(3)
         raise ShardError(
-            f"{SUBSTITUTES} samples in a row cannot be used, the last ones because of: "
+            f"{len(skipped)} samples in a row cannot be used: "
             + ", ".join(f"{reason} ({count})" for reason, count in reasons)
         )
 
@@ -191,7 +206,11 @@ class Stream:
         }
 
     def batches(self, start_step: int = 0) -> Iterator[Batch]:
-        """Batches from `start_step` on; the stream never ends, the caller stops."""
+        """Batches from `start_step` on; the stream never ends, the caller stops.
+
+        Raises:
+            ShardError: many samples in a row cannot be used.
+        """
         loader = DataLoader(
             self.dataset,
             batch_sampler=StepSampler(self.global_batch, self.rank, self.world, start_step),
@@ -200,8 +219,13 @@ class Stream:
             pin_memory=torch.cuda.is_available(),
             prefetch_factor=4 if self.workers else None,
             worker_init_fn=_one_thread if self.workers else None,
+            # A loader draws one number; not from the generator that training uses.
+            generator=torch.Generator(),
         )
-        return iter(loader)
+        try:
+            yield from loader
+        except ShardError as error:  # loader processes put their stack in front of the message
+            raise ShardError(str(error).rpartition("ShardError: ")[2].strip()) from None
 
 
 def _one_thread(worker: int) -> None:

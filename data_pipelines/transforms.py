@@ -2,17 +2,37 @@
 
 from __future__ import annotations
 
-from torch import nn
+import math
+
+from torch import Tensor, nn
 from torchvision.transforms import InterpolationMode, v2
+from torchvision.transforms.v2 import functional as F
 
 from data_pipelines.config import AugmentationConfig
+
+_LARGEST = {
+    "flip": 1.0,
+    "rotate": 180.0,
+    "translate": 1.0,
+    "background": 255,
+    "brightness": math.inf,
+    "contrast": math.inf,
+    "saturation": math.inf,
+    "hue": 0.5,
+    "grayscale": 1.0,
+}
+_LARGEST_OF_RANGE = {"crop_scale": 1.0, "crop_ratio": math.inf, "zoom": math.inf}
 
 
 def train_transform(image_size: int, config: AugmentationConfig) -> nn.Module:
     """Random crop, flip, affine and colour changes: uint8 (3, H, W) to (3, size, size).
 
     Draws from torch's default generator. Changes that are off cost nothing.
+
+    Raises:
+        ValueError: a setting outside its range.
     """
+    _check(config)
     steps: list[nn.Module] = []
     bicubic = {"interpolation": InterpolationMode.BICUBIC, "antialias": True}
     if tuple(config.crop_scale) == (1.0, 1.0):
@@ -28,7 +48,7 @@ def train_transform(image_size: int, config: AugmentationConfig) -> nn.Module:
     if config.rotate or config.translate or tuple(config.zoom) != (1.0, 1.0):
         steps.append(
             v2.RandomAffine(
-                degrees=config.rotate,
+                degrees=[-config.rotate, config.rotate],
                 translate=(config.translate, config.translate),
                 scale=tuple(config.zoom),
                 interpolation=InterpolationMode.BILINEAR,
@@ -44,6 +64,22 @@ def train_transform(image_size: int, config: AugmentationConfig) -> nn.Module:
     return v2.Compose(steps)
 
 
+def _check(config: AugmentationConfig) -> None:
+    for name, largest in _LARGEST.items():
+        if not 0 <= getattr(config, name) <= largest:
+            raise ValueError(
+                f"data.augmentation.{name} is {getattr(config, name)}:"
+                f" choose a number from 0 to {largest}"
+            )
+    for name, largest in _LARGEST_OF_RANGE.items():
+        low, high = getattr(config, name)
+        if not 0 < low <= high <= largest:
+            raise ValueError(
+                f"data.augmentation.{name} is [{low}, {high}]:"
+                f" choose smallest and largest, both above 0 and up to {largest}"
+            )
+
+
 def eval_transform(image_size: int, resize_mode: str = "squash") -> nn.Module:
     """Deterministic resize: uint8 (3, H, W) to (3, size, size), bicubic with antialias.
 
@@ -57,5 +93,20 @@ def eval_transform(image_size: int, resize_mode: str = "squash") -> nn.Module:
     if resize_mode == "squash":
         return v2.Resize((image_size, image_size), **bicubic)
     if resize_mode == "shortest":
-        return v2.Compose([v2.Resize(image_size, **bicubic), v2.CenterCrop(image_size)])
+        return v2.Compose(
+            [_TrimEnds(), v2.Resize(image_size, **bicubic), v2.CenterCrop(image_size)]
+        )
     raise ValueError(f"resize_mode '{resize_mode}' is unknown: choose squash or shortest")
+
+
+class _TrimEnds(nn.Module):
+    """Cut the ends off pictures that are over 16 times as long as wide.
+
+    Scaling the shorter side of a picture of 1 x 10000 pixels would otherwise fill the memory with
+    what the centre crop drops.
+    """
+
+    def forward(self, image: Tensor) -> Tensor:
+        height, width = image.shape[-2:]
+        longest = 16 * min(height, width)
+        return F.center_crop(image, [min(height, longest), min(width, longest)])

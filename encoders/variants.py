@@ -2,13 +2,16 @@
 
 Names read `soft_moe_vit_<size>_patch<P>_<image size>`; the routed blocks are the second half and
 every expert has one slot, as in the paper (Table 8). Widths and depths of S and B are the paper's
-and ViT's; micro and tiny are ours, for small machines and small images.
+and ViT's; nano (width 128) and micro (width 192) are ours, for small machines and small images;
+test, like timm's own test models, only shows that things fit together.
 """
 
 from __future__ import annotations
 
+import difflib
 from typing import Any
 
+import timm
 from timm.models import build_model_with_cfg, register_model
 from timm.models._registry import generate_default_cfgs
 
@@ -32,12 +35,30 @@ def _default_cfg(image_size: int) -> dict[str, Any]:
 
 default_cfgs = generate_default_cfgs(
     {
+        "soft_moe_vit_nano_patch8_32": _default_cfg(32),
+        "soft_moe_vit_micro_patch8_48": _default_cfg(48),
         "soft_moe_vit_micro_patch8_64": _default_cfg(64),
-        "soft_moe_vit_tiny_patch8_64": _default_cfg(64),
         "soft_moe_vit_small_patch16_224": _default_cfg(224),
         "soft_moe_vit_base_patch16_224": _default_cfg(224),
+        "soft_moe_vit_test_patch16_64": _default_cfg(64),
     }
 )
+
+
+def input_size(name: str) -> int:
+    """Pixels per side that the named timm model expects.
+
+    Raises:
+        ValueError: timm does not know the name; the message has the nearest ones.
+    """
+    if not timm.is_model(name):
+        near = difflib.get_close_matches(name, timm.list_models(), n=2)
+        hint = f"; did you mean {' or '.join(near)}?" if near else ""
+        raise ValueError(f"model '{name}' is unknown to timm{hint}")
+    config = timm.get_pretrained_cfg(name)
+    if config is None or config.input_size is None:
+        raise ValueError(f"model '{name}' does not say which image size it expects")
+    return config.input_size[-1]
 
 
 def _create(
@@ -53,6 +74,30 @@ def _create(
 
 
 @register_model
+def soft_moe_vit_nano_patch8_32(
+    pretrained: bool = False, **kwargs: Any
+) -> SoftMoEVisionTransformer:
+    """Nano/8 for 32-pixel images: width 128, 4 blocks, the last 2 with 16 experts."""
+    defaults = {
+        "img_size": 32, "patch_size": 8, "embed_dim": 128, "depth": 4, "num_heads": 2,
+        "moe_blocks": 2, "num_experts": 16,
+    }  # fmt: skip
+    return _create("soft_moe_vit_nano_patch8_32", pretrained, defaults, kwargs)
+
+
+@register_model
+def soft_moe_vit_micro_patch8_48(
+    pretrained: bool = False, **kwargs: Any
+) -> SoftMoEVisionTransformer:
+    """Micro/8 for 48-pixel images: width 192, 6 blocks, the last 3 with 16 experts."""
+    defaults = {
+        "img_size": 48, "patch_size": 8, "embed_dim": 192, "depth": 6, "num_heads": 3,
+        "moe_blocks": 3, "num_experts": 16,
+    }  # fmt: skip
+    return _create("soft_moe_vit_micro_patch8_48", pretrained, defaults, kwargs)
+
+
+@register_model
 def soft_moe_vit_micro_patch8_64(
     pretrained: bool = False, **kwargs: Any
 ) -> SoftMoEVisionTransformer:
@@ -62,18 +107,6 @@ def soft_moe_vit_micro_patch8_64(
         "moe_blocks": 3, "num_experts": 16,
     }  # fmt: skip
     return _create("soft_moe_vit_micro_patch8_64", pretrained, defaults, kwargs)
-
-
-@register_model
-def soft_moe_vit_tiny_patch8_64(
-    pretrained: bool = False, **kwargs: Any
-) -> SoftMoEVisionTransformer:
-    """Tiny/8 for 64-pixel images: width 256, 8 blocks, the last 4 with 32 experts."""
-    defaults = {
-        "img_size": 64, "patch_size": 8, "embed_dim": 256, "depth": 8, "num_heads": 4,
-        "moe_blocks": 4, "num_experts": 32,
-    }  # fmt: skip
-    return _create("soft_moe_vit_tiny_patch8_64", pretrained, defaults, kwargs)
 
 
 @register_model
@@ -98,3 +131,15 @@ def soft_moe_vit_base_patch16_224(
         "moe_blocks": 6, "num_experts": 128,
     }  # fmt: skip
     return _create("soft_moe_vit_base_patch16_224", pretrained, defaults, kwargs)
+
+
+@register_model
+def soft_moe_vit_test_patch16_64(
+    pretrained: bool = False, **kwargs: Any
+) -> SoftMoEVisionTransformer:
+    """Test/16: width 32, 2 blocks, the last one with 4 experts; for tests, not for pictures."""
+    defaults = {
+        "img_size": 64, "patch_size": 16, "embed_dim": 32, "depth": 2, "num_heads": 2,
+        "moe_blocks": 1, "num_experts": 4,
+    }  # fmt: skip
+    return _create("soft_moe_vit_test_patch16_64", pretrained, defaults, kwargs)

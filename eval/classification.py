@@ -11,7 +11,7 @@ from torch import nn
 from data_pipelines.evaluation import EvaluationSet
 from encoders.pixels import Normalize
 from eval.config import EvaluationSetConfig
-from eval.gather import gather_variable, process
+from eval.gather import gather_counts, gather_variable, process
 from eval.retrieval import ranks_from_similarity
 from eval.zero_shot import accuracy_from_ranks
 
@@ -59,6 +59,7 @@ class ClassificationEvaluator:
         all_ranks = gather_variable(torch.cat([empty, *ranks]))
         all_labels = gather_variable(torch.cat([empty, *labels]))
         figures = accuracy_from_ranks(all_ranks, all_labels, self.num_classes)
+        skipped = gather_counts(skipped)
         if skipped:
             figures["skipped"] = float(sum(skipped.values()))
         return figures

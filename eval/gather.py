@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import torch
 from torch import Tensor, distributed
 
@@ -25,3 +27,13 @@ def gather_variable(rows: Tensor) -> Tensor:
     parts: list[Tensor] = [torch.empty(0)] * world
     distributed.all_gather_object(parts, rows)
     return torch.cat([part for part in parts if len(part)] or [rows])
+
+
+def gather_counts(counts: Counter[str]) -> Counter[str]:
+    """Sum counts over all processes."""
+    _, world = process()
+    if world == 1:
+        return counts
+    parts: list[Counter[str]] = [Counter()] * world
+    distributed.all_gather_object(parts, counts)
+    return sum(parts, Counter())

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from data_pipelines.evaluation import EvaluationSet
 from encoders.pixels import Normalize
 from eval.config import EvaluationSetConfig
-from eval.gather import gather_variable, process
+from eval.gather import gather_counts, gather_variable, process
 from eval.prompts import class_prompts, read_classnames, read_templates
 from eval.retrieval import retrieval_metrics
 from eval.zero_shot import class_vectors, zero_shot_metrics
@@ -157,7 +157,7 @@ class ImageTextEvaluator:
             texts=gather_variable(_rows(texts))[text_order] if len(all_owners) else _rows([]),
             image_of_text=torch.searchsorted(all_numbers, all_owners[text_order]),
             captions=captions if world == 1 else [],
-            skipped=skipped,
+            skipped=gather_counts(skipped),
         )
 
 

@@ -7,8 +7,9 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar, cast
 
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
@@ -22,7 +23,7 @@ def fail(message: str, code: int = EXIT_USAGE) -> NoReturn:
     raise SystemExit(code)
 
 
-def parse_config(run_config: type[T], argv: Sequence[str] | None, description: str) -> T:
+def parse_config(run_config: Callable[..., T], argv: Sequence[str] | None, description: str) -> T:
     """Build a run configuration (a dataclass of dataclasses) from the command line.
 
     Values come from the dataclass, then from `--config`, then from `--a.b value` options. An
@@ -36,13 +37,11 @@ def parse_config(run_config: type[T], argv: Sequence[str] | None, description: s
         values = parser.instantiate(parsed)
     except (ArgumentError, TypeError, ValueError) as error:
         fail(_explain(str(error), _known_keys(parser)))
-    return run_config(**{name: values[name] for name in run_config.__dataclass_fields__})
+    return run_config(**{item.name: values[item.name] for item in fields(cast(Any, run_config))})
 
 
 def save_config(run_config: Any, path: Path, description: str = "") -> None:
     """Write a run configuration as YAML that `--config` reads back to the same values."""
-    from dataclasses import asdict
-
     import yaml
 
     header = f"# {description}\n" if description else ""
@@ -57,9 +56,9 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _parser(run_config: type, description: str) -> ArgumentParser:
+def _parser(run_config: Any, description: str) -> ArgumentParser:
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = ArgumentParser(description=description, exit_on_error=False)
+    parser = ArgumentParser(description=description, exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--config", action="config", help="YAML file with settings.")
     parser.add_class_arguments(run_config)
     return parser
@@ -111,7 +110,7 @@ def _suggest(key: str, known: list[str]) -> str:
     return f"unknown setting '{key}'" + (f"; did you mean '{near[0]}'?" if near else "")
 
 
-def run(main: Callable[[], None]) -> None:
+def run(main: Callable[[], object]) -> None:
     """Call `main`; errors that a user can mend become one line and exit code 2."""
     from training.loop import NonFiniteError
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs
+from accelerate.utils import DistributedDataParallelKwargs, set_seed
 from tqdm import tqdm
 
 from data_pipelines.shards import describe_skips
@@ -76,11 +76,12 @@ class Launch:
 
     def seed_models(self) -> None:
         """Make the initial weights a function of the seed, alike on every process."""
-        torch.manual_seed(self.config.seed)
+        set_seed(self.config.seed)
 
     def fit(self, objective: Objective, stream: Stream, evaluators: Sequence[Evaluator]) -> None:
         """Prepare the run directory, train, and report what was skipped."""
         config, main = self.config, self.accelerator.is_main_process
+        set_seed(config.seed, device_specific=True)  # dropout and mixup differ between processes
         trainer = Trainer(
             objective,
             stream,
@@ -94,7 +95,7 @@ class Launch:
         )
         if main:  # only now, so that settings that are refused leave no folder behind
             self.run_dir.mkdir(parents=True, exist_ok=True)
-            if self.resume is None:
+            if self.resume is None or not (self.run_dir / "config.yaml").exists():
                 save_config(config, self.run_dir / "config.yaml")
             write_environment(self.run_dir / "env.json")
             for path in stream.index.truncated:

@@ -2,6 +2,7 @@
 
 python -m scripts.pretrain --config configs/demo_pretrain.yaml
 accelerate launch --num_processes 8 -m scripts.pretrain --config FILE --a.b value
+torchrun --nproc_per_node 2 -m scripts.pretrain --config FILE  # accelerate starts one on CPUs
 """
 
 from __future__ import annotations
@@ -44,6 +45,12 @@ def train(config: PretrainRun) -> None:
     from scripts.launch import Launch
 
     launch = Launch(config)
+    parts = launch.accelerator.num_processes * max(1, config.train.accumulation)
+    if (config.model.mixup or config.model.cutmix) and config.train.batch_size // parts % 2:
+        raise ValueError(
+            f"mixup and cutmix exchange pairs: train.batch_size {config.train.batch_size} over"
+            f" {parts} parts must be even"
+        )
     classes = read_lines(config.data.classnames)
     launch.seed_models()
     model = build_classifier(config.model, len(classes))

@@ -2,6 +2,7 @@
 
 python -m scripts.train_contrastive --config configs/demo_contrastive.yaml
 accelerate launch --num_processes 8 -m scripts.train_contrastive --config FILE --a.b value
+torchrun --nproc_per_node 2 -m scripts.train_contrastive --config FILE  # accelerate starts one on CPUs
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ def main(argv: list[str] | None = None) -> None:
 def train(config: ContrastiveRun) -> None:
     from contrastive.dual_encoder import (
         build_dual_encoder,
-        image_size_of,
+        frozen_parts,
         load_image_trunk,
         model_config,
     )
@@ -54,7 +55,7 @@ def train(config: ContrastiveRun) -> None:
 
     launch = Launch(config)
     description = model_config(config.image, config.text, config.contrastive)
-    image_size = image_size_of(config.image.name)
+    image_size = description["vision_cfg"]["image_size"]
     tokenizer = build_tokenizer(description["text_cfg"])
     stream = image_text_stream(
         config.data,
@@ -68,12 +69,8 @@ def train(config: ContrastiveRun) -> None:
         load_image_trunk(model, config.image.init_from)
     settings = model.visual.trunk.pretrained_cfg
     mean, std = tuple(settings["mean"]), tuple(settings["std"])
-    frozen = ([model.visual.trunk] if config.image.frozen else []) + (
-        [model.text] if config.text.frozen else []
-    )
-    objective = ContrastiveObjective(
-        model, description, config.contrastive, mean, std, tuple(frozen)
-    )
+    frozen = frozen_parts(model, config.image, config.text)
+    objective = ContrastiveObjective(model, description, config.contrastive, mean, std, frozen)
     evaluators = [
         ImageTextEvaluator(item, image_size, tokenizer, mean, std) for item in config.evaluation
     ]

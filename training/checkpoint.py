@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -38,7 +39,7 @@ def checkpoint_name(step: int) -> str:
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, module: nn.Module) -> dict[str, Tensor]:
     """Optimizer state as '<parameter name>::<state name>' tensors."""
-    names = {parameter: name for name, parameter in module.named_parameters()}
+    names: dict[Tensor, str] = {p: name for name, p in module.named_parameters()}
     return {
         f"{names[parameter]}::{key}": value if isinstance(value, Tensor) else torch.tensor(value)
         for parameter, state in optimizer.state.items()
@@ -49,10 +50,20 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, module: nn.Module) -> di
 def load_optimizer_tensors(
     optimizer: torch.optim.Optimizer, module: nn.Module, tensors: dict[str, Tensor]
 ) -> None:
-    """Restore what `optimizer_tensors` returned."""
-    parameters = dict(module.named_parameters())
+    """Restore what `optimizer_tensors` returned.
+
+    Raises:
+        CheckpointError: state of a parameter that is not trained now.
+    """
+    trained = {parameter for group in optimizer.param_groups for parameter in group["params"]}
+    parameters = {name: p for name, p in module.named_parameters() if p in trained}
     for full_name, value in tensors.items():
         name, _, key = full_name.rpartition("::")
+        if name not in parameters:
+            raise CheckpointError(
+                f"the checkpoint has trained '{name}', which is frozen now: resume with the"
+                " settings of the run, or start a new one from its weights"
+            )
         parameter = parameters[name]
         # AdamW keeps its step counter where it kept it before; moments live with the parameter.
         device = parameter.device if key != "step" or parameter.is_cuda else "cpu"
@@ -110,12 +121,12 @@ class CheckpointWriter:
 
     def publish(self, step: int) -> Path:
         """Flush every file, write the manifest and give the folder its final name."""
-        files = sorted(path for path in self.partial.rglob("*") if path.is_file())
         entries = {}
-        for path in files:
-            _flush(path)
-            relative = path.relative_to(self.partial).as_posix()
-            entries[relative] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+        for path in sorted(self.partial.rglob("*")):
+            _flush(path)  # folders too: their entries are data
+            if path.is_file():
+                relative = path.relative_to(self.partial).as_posix()
+                entries[relative] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
         self.add_json(MANIFEST, {"format": FORMAT, "step": step, "files": entries})
         _flush(self.partial / MANIFEST)
         _flush(self.partial)
@@ -143,13 +154,15 @@ def verify_checkpoint(folder: Path) -> None:
     """Raise CheckpointError unless every file of the manifest is there and unchanged."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        version, files = manifest["format"], manifest["files"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
-            f"'{folder}' is no complete checkpoint: no readable {MANIFEST}"
-        ) from (error)
-    if manifest.get("format") != FORMAT:
-        raise CheckpointError(f"'{folder}' has format {manifest.get('format')}, not {FORMAT}")
-    for name, entry in manifest["files"].items():
+            f"'{folder}' is no complete checkpoint, it has no readable {MANIFEST}; a complete one"
+            f" is a folder such as <run_dir>/checkpoints/{checkpoint_name(1000)}"
+        ) from error
+    if version != FORMAT:
+        raise CheckpointError(f"'{folder}' has format {version}, this version reads {FORMAT}")
+    for name, entry in files.items():
         path = folder / name
         if not path.is_file() or path.stat().st_size != entry["bytes"]:
             raise CheckpointError(f"'{folder}' is damaged: {name} is missing or has another size")
@@ -159,7 +172,7 @@ def verify_checkpoint(folder: Path) -> None:
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """Published checkpoints of a run, oldest first (not verified)."""
-    return sorted(path for path in folder.glob("step_*") if (path / MANIFEST).is_file())
+    return sorted(path for path in folder.glob("step_*") if path.is_dir())
 
 
 def newest_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
@@ -175,9 +188,17 @@ def newest_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
     return None, messages
 
 
-def prune_checkpoints(folder: Path, keep: int) -> None:
-    """Remove all but the newest `keep` checkpoints (at least one stays)."""
-    for path in list_checkpoints(folder)[: -max(1, keep)]:
+def prune_checkpoints(folder: Path, newest: Path, keep: int) -> None:
+    """Keep `newest`, which has just been published, and the `keep - 1` before it.
+
+    Checkpoints of later steps are left over from before the run went back: they are broken, or
+    belong to a continuation that was given up. They would stand in the place of good ones, so they
+    are removed too, as is what killed processes have not finished writing.
+    """
+    checkpoints = list_checkpoints(folder)
+    kept = [path for path in checkpoints if path.name <= newest.name][-max(1, keep) :]
+    unfinished = folder.glob(".step_*.partial")
+    for path in {*checkpoints, *unfinished} - set(kept):
         shutil.rmtree(path, ignore_errors=True)
 
 
@@ -190,7 +211,10 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
     """Read a safetensors file onto the CPU."""
     if not path.is_file():
         raise CheckpointError(f"'{path}' does not exist")
-    return load_file(path)
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise CheckpointError(f"'{path}' is not a readable safetensors file: {error}") from error
 
 
 def load_weights(module: nn.Module, tensors: dict[str, Tensor], source: str) -> None:

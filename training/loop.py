@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ from training.config import OptimizerConfig, ScheduleConfig, TrainConfig
 from training.objective import Batch, Evaluator, Objective, TrainingStream
 from training.optim import build_optimizer
 from training.progress import Progress
-from training.run_directory import MetricsWriter
+from training.run_directory import MetricsWriter, check_tensorboard
 from training.schedules import check_schedule, learning_rate_factor
 
 
@@ -80,6 +81,7 @@ class Trainer:
         self.step = 0
         self.skipped: Counter[str] = Counter()
         self.last_checkpoint: Path | None = resume
+        self._resumed_random: dict[str, Tensor] | None = None
         if resume is not None:
             self._load(resume)
         self.wrapped: nn.Module
@@ -91,6 +93,13 @@ class Trainer:
         for name in ("steps", "batch_size", "accumulation", "log_every", "keep_last"):
             if getattr(train, name) < 1:
                 raise ValueError(f"train.{name} must be at least 1, got {getattr(train, name)}")
+        for name in ("eval_every", "save_every"):
+            if getattr(train, name) < 0:
+                raise ValueError(f"train.{name} must not be negative; 0 is only at the end")
+        if self.optim.clip_norm < 0:
+            raise ValueError("optimizer.clip_norm must not be negative; 0 turns clipping off")
+        if train.tensorboard:
+            check_tensorboard()
         check_schedule(train.steps, self.schedule)
         if train.accumulation > 1 and not self.objective.splits_batches:
             raise ValueError(
@@ -113,6 +122,8 @@ class Trainer:
             )
         progress = Progress(self.step, train.steps, self.accelerator.is_main_process)
         batches = iter(self.stream.batches(self.step))
+        if self._resumed_random is not None:  # only here: a new loader draws a random number
+            restore_random_state(self._resumed_random)
         figures: dict[str, float | None] = {}
         self.wrapped.train()
         try:
@@ -166,17 +177,18 @@ class Trainer:
         for group in self.updater.param_groups:
             group["lr"] = rate
         parts = _split(batch, self.train.accumulation)
-        losses, metrics = [], {}
-        for number, part in enumerate(parts):
-            if number + 1 < len(parts):
-                with self.accelerator.no_sync(self.wrapped):
-                    loss, metrics = self._backward(part, len(parts))
-            else:
-                loss, metrics = self._backward(part, len(parts))
-            losses.append(loss)
+        results = []
+        for number, part in enumerate(parts, start=1):
+            last = number == len(parts)
+            with nullcontext() if last else self.accelerator.no_sync(self.wrapped):
+                results.append(self._backward(part, len(parts)))
         limit = self.optim.clip_norm or math.inf
-        norm = self.accelerator.clip_grad_norm_(self.wrapped.parameters(), limit)
-        loss = torch.stack(losses).mean()
+        norm = torch.as_tensor(self.accelerator.clip_grad_norm_(self.wrapped.parameters(), limit))
+        loss = torch.stack([loss for loss, _ in results]).mean()
+        metrics = {
+            name: torch.stack([metrics[name] for _, metrics in results]).mean()
+            for name in results[0][1]
+        }
         self._guard(loss, norm)
         self.updater.step()
         self.updater.zero_grad()
@@ -228,13 +240,13 @@ class Trainer:
         """Run all evaluators on the model in eval mode; training continues as if they had not."""
         was_training = self.objective.training
         self.objective.eval()
-        outside = torch.get_rng_state()
+        outside = random_state()
         figures: dict[str, float | None] = {}
         with torch.inference_mode(), self.accelerator.autocast():
             for evaluator in self.evaluators:
                 for name, value in evaluator(self.objective.model).items():
                     figures[f"{evaluator.name}/{name}"] = value
-        torch.set_rng_state(outside)
+        restore_random_state(outside)
         self.objective.train(was_training)
         if self.writer is not None and figures:
             samples = self.step * self.train.batch_size
@@ -243,12 +255,14 @@ class Trainer:
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint holds besides tensors."""
+        scaler = self.accelerator.scaler
         return {
             "step": self.step,
             "samples": self.step * self.train.batch_size,
             "stream": self.stream.identity(),
             "skipped": dict(self.total_skipped()),
             "processes": self.accelerator.num_processes,
+            "gradient_scaler": scaler.state_dict() if scaler is not None else None,
         }
 
     def total_skipped(self) -> Counter[str]:
@@ -276,7 +290,7 @@ class Trainer:
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             self.last_checkpoint = writer.publish(self.step)
-            prune_checkpoints(folder, self.train.keep_last)
+            prune_checkpoints(folder, self.last_checkpoint, self.train.keep_last)
         accelerator.wait_for_everyone()
 
     def _load(self, folder: Path) -> None:
@@ -293,7 +307,9 @@ class Trainer:
         load_optimizer_tensors(self.optimizer, self.objective, load_tensors(folder / OPTIMIZER))
         own = folder / "rng" / f"rank_{self.accelerator.process_index}.safetensors"
         if own.is_file():  # a process that did not exist before starts with its own seed
-            restore_random_state(load_tensors(own))
+            self._resumed_random = load_tensors(own)
+        if self.accelerator.scaler is not None and state["gradient_scaler"] is not None:
+            self.accelerator.scaler.load_state_dict(state["gradient_scaler"])
         self.step = state["step"]
         if self.accelerator.is_main_process:
             self.skipped = Counter(state["skipped"])

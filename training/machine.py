@@ -27,7 +27,14 @@ def plan_cores(
     loader that shares their cores slows each parallel region down many times over. Few cores
     therefore decode in the training process; many give one core in six to loaders. Beside a GPU
     the cores belong to the loaders. Explicit numbers are kept.
+
+    Raises:
+        ValueError: an explicit number is out of range.
     """
+    if threads is not None and threads < 1:
+        raise ValueError(f"train.threads must be at least 1, got {threads}")
+    if workers is not None and workers < 0:
+        raise ValueError(f"data.workers must not be negative, got {workers}")
     share = max(1, cores // max(1, processes))
     if workers is None:
         workers = share // 6 if device_is_cpu else min(8, share - 1)

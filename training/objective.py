@@ -19,8 +19,8 @@ class Objective(nn.Module):
     the distributed wrapper sees.
     """
 
-    model: nn.Module
-    """The module that is trained and saved."""
+    model: Any
+    """The module that is trained and saved; any, because tasks use what their models offer."""
     weights_file: str = "model.safetensors"
     """Name of the weights in a checkpoint, chosen so that other libraries find them."""
     splits_batches: bool = True

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import sys
 import time
 from collections.abc import Mapping
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +23,25 @@ def check_run_directory(folder: Path, resume: str | None) -> None:
     """Refuse to mix a new run into an old one.
 
     Raises:
-        RunDirectoryError: the folder holds something and `resume` is not set.
+        RunDirectoryError: the folder holds something, and `resume` is neither `auto` nor a
+            checkpoint in it.
     """
-    if resume is None and folder.is_dir() and any(folder.iterdir()):
+    own = resume == "auto" or (
+        resume is not None and folder.resolve() in Path(resume).resolve().parents
+    )
+    if not own and folder.is_dir() and any(folder.iterdir()):
         raise RunDirectoryError(
             f"run directory '{folder}' is not empty: continue that run with --resume auto,"
             " or choose another --run_dir"
+        )
+
+
+def check_tensorboard() -> None:
+    """Raise ValueError unless the tensorboard package is installed."""
+    if find_spec("tensorboard") is None:
+        raise ValueError(
+            "train.tensorboard needs the tensorboard package:"
+            " pip install 'softmoe-clip[tensorboard]'"
         )
 
 
@@ -55,17 +70,16 @@ class MetricsWriter:
             _drop_after(folder / name, resumed_step)
         self._board = None
         if tensorboard:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError as error:
-                raise ValueError(
-                    "train.tensorboard needs the tensorboard package:"
-                    " pip install 'softmoe-clip[tensorboard]'"
-                ) from error
+            from torch.utils.tensorboard import SummaryWriter
+
             self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=resumed_step + 1)
 
     def write(self, name: str, step: int, values: Mapping[str, Any]) -> None:
-        """Append one line to `<name>.jsonl`: the step, the time, and `values`."""
+        """Append one line to `<name>.jsonl`: the step, the time, and `values`.
+
+        JSON has no infinity and no NaN; they become null.
+        """
+        values = {name: _finite(value) for name, value in values.items()}
         row = {"step": step, "time": round(time.time(), 3), **values}
         with open(self.folder / f"{name}.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
@@ -77,6 +91,10 @@ class MetricsWriter:
     def close(self) -> None:
         if self._board is not None:
             self._board.close()
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _drop_after(path: Path, step: int) -> None:

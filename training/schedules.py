@@ -32,7 +32,15 @@ def learning_rate_factor(step: int, total_steps: int, config: ScheduleConfig) ->
 
 
 def check_schedule(total_steps: int, config: ScheduleConfig) -> None:
-    """Raise ValueError for a schedule that does not fit into the run."""
+    """Raise ValueError for settings out of range, or a schedule that does not fit into the run."""
+    if min(config.warmup_steps, config.cooldown_steps) < 0:
+        raise ValueError("schedule: warmup_steps and cooldown_steps must not be negative")
+    if config.timescale < 1:
+        raise ValueError(f"schedule.timescale must be at least 1, got {config.timescale}")
+    if not 0 <= config.final_fraction <= 1:
+        raise ValueError(
+            f"schedule.final_fraction is a share of the peak, 0 to 1, got {config.final_fraction}"
+        )
     used = config.warmup_steps + (config.cooldown_steps if config.kind == "rsqrt" else 0)
     if used > total_steps:
         raise ValueError(

@@ -1,0 +1,44 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: help install demo demo-long test lint types format clean
+
+help:
+	@echo "make demo       install, train and evaluate on the embedded pictures, write runs/demo/report.html"
+	@echo "make demo-long  the same with the preset that takes about an hour"
+	@echo "make test       install and run all tests"
+	@echo "make lint types check style and types"
+
+$(INSTALLED): pyproject.toml
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" || \
+		{ echo "error: Python 3.11 or newer is needed; name one: make PYTHON=python3.12 ..."; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]"
+	@touch $@
+
+install: $(INSTALLED)
+
+demo: install
+	$(BIN)/python -m scripts.demo
+
+demo-long: install
+	$(BIN)/python -m scripts.demo --run_dir runs/demo_long --contrastive configs/demo_long.yaml
+
+test: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: install
+	$(BIN)/pyrefly check
+
+format: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf runs data build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,230 @@
+"""The contrastive objective: frozen towers, logit scale, and checkpoints that open_clip opens."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any, Literal
+
+import open_clip
+import pytest
+import timm
+import torch
+from accelerate import Accelerator
+from safetensors.torch import save_file
+from torch import Tensor
+
+from contrastive.config import ContrastiveConfig, ImageTowerConfig, TextTowerConfig
+from contrastive.dual_encoder import (
+    build_dual_encoder,
+    frozen_parts,
+    load_image_trunk,
+    model_config,
+)
+from contrastive.objective import ContrastiveObjective
+from encoders.variants import input_size
+from training.checkpoint import CheckpointError, CheckpointWriter
+from training.config import OptimizerConfig, ScheduleConfig, TrainConfig
+from training.loop import Trainer
+
+TEST = "soft_moe_vit_test_patch16_64"
+HALF = (0.5, 0.5, 0.5)
+
+
+def batch(seed: int = 0, size: int = 6) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        "image": torch.randint(256, (size, 3, 64, 64), dtype=torch.uint8, generator=generator),
+        "text": torch.randint(1, 49000, (size, 8), generator=generator),
+    }
+
+
+def make_objective(
+    loss: Literal["clip", "siglip"] = "clip",
+    frozen_image: bool = False,
+    frozen_text: bool = False,
+    **contrastive: Any,
+) -> ContrastiveObjective:
+    torch.manual_seed(0)
+    image = ImageTowerConfig(TEST, frozen=frozen_image, drop_path=0.3, patch_dropout=0.3)
+    text = TextTowerConfig(width=16, heads=2, layers=1, context_length=8, frozen=frozen_text)
+    config = ContrastiveConfig(embed_dim=8, loss=loss, **contrastive)
+    description = model_config(image, text, config)
+    model = build_dual_encoder(description)
+    frozen = frozen_parts(model, image, text)
+    return ContrastiveObjective(model, description, config, HALF, HALF, frozen)
+
+
+class Batches:
+    """An endless stream of `batch`."""
+
+    def __len__(self) -> int:
+        return 6
+
+    def identity(self) -> dict[str, Any]:
+        return {}
+
+    def batches(self, start_step: int = 0) -> Any:
+        step = start_step
+        while True:
+            yield batch(step)
+            step += 1
+
+
+def fit(objective: ContrastiveObjective, run_dir: Path, lr: float = 0.01) -> None:
+    run_dir.mkdir(exist_ok=True)
+    Trainer(
+        objective, Batches(), (), TrainConfig(steps=3, batch_size=6),
+        OptimizerConfig(lr=lr, weight_decay=0.5), ScheduleConfig("constant"),
+        Accelerator(cpu=True), run_dir,
+    ).fit()  # fmt: skip
+
+
+@pytest.mark.parametrize("tower", ["visual.trunk", "text"])
+def test_a_frozen_tower_stays_as_it_is(tmp_path: Path, tower: str) -> None:
+    objective = make_objective("siglip", tower == "visual.trunk", tower == "text")
+    frozen = objective.model.get_submodule(tower)
+    before = {name: value.clone() for name, value in objective.model.state_dict().items()}
+    objective.train()
+    assert objective.model.training
+    assert not any(module.training for module in frozen.modules())
+    loss, _ = objective(batch())
+    loss.backward()
+    assert all(parameter.grad is None for parameter in frozen.parameters())
+    objective.zero_grad()
+    fit(objective, tmp_path)
+    for name, value in objective.model.state_dict().items():
+        changed = not torch.equal(value, before[name])
+        assert changed != name.startswith(f"{tower}."), name
+    assert "visual.head.proj.weight" in before  # the projection on a frozen trunk is trained
+
+
+def test_initial_scale_and_bias() -> None:
+    clip, siglip = make_objective("clip").model, make_objective("siglip").model
+    assert float(clip.logit_scale.exp().detach()) == pytest.approx(1 / 0.07)
+    assert clip.logit_bias is None
+    assert float(siglip.logit_scale.exp().detach()) == pytest.approx(10)
+    assert float(siglip.logit_bias.detach()) == -10
+    chosen = make_objective("siglip", logit_scale=2.0, logit_bias=0.0).model
+    assert float(chosen.logit_scale.exp().detach()) == pytest.approx(2)
+    assert float(chosen.logit_bias.detach()) == 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"logit_scale": 0.0}, "logit_scale must be positive, got 0"),
+        ({"logit_scale": -1.0}, "logit_scale must be positive"),
+        ({"max_logit_scale": -1.0}, "max_logit_scale must not be negative"),
+    ],
+)
+def test_impossible_scales_are_refused(settings: dict[str, float], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_objective(**settings)
+
+
+def test_unknown_towers_are_refused() -> None:
+    with pytest.raises(ValueError, match="'soft_moe_vit_huge' is unknown"):
+        model_config(ImageTowerConfig("soft_moe_vit_huge"), TextTowerConfig(), ContrastiveConfig())
+    assert input_size(TEST) == 64
+
+
+@pytest.mark.parametrize(("limit", "expected"), [(100.0, math.log(100)), (0.0, 9.0)])
+def test_the_logit_scale_is_clamped_after_a_step(limit: float, expected: float) -> None:
+    objective = make_objective(max_logit_scale=limit)
+    with torch.no_grad():
+        objective.model.logit_scale.fill_(9.0)
+    objective.after_step()
+    assert float(objective.model.logit_scale.detach()) == pytest.approx(expected)
+
+
+def test_metrics_describe_the_batch() -> None:
+    objective = make_objective("siglip").eval()
+    loss, metrics = objective(batch())
+    features = objective.model(objective.normalize(batch()["image"]), batch()["text"])
+    best = (features["image_features"] @ features["text_features"].T).argmax(1)
+    accuracy = (best == torch.arange(6)).float().mean()
+    assert metrics["batch_accuracy"] == accuracy
+    assert float(metrics["logit_scale"]) == pytest.approx(10)
+    assert float(metrics["logit_bias"]) == -10
+    assert loss.requires_grad
+    assert not any(value.requires_grad for value in metrics.values())
+
+
+def test_a_group_mark_changes_the_loss() -> None:
+    objective = make_objective().eval()
+    plain, _ = objective(batch())
+    marked, _ = objective(batch() | {"group": torch.tensor([1, 1, 2, 3, 4, 5])})
+    assert marked < plain
+
+
+@pytest.mark.parametrize("loss", ["clip", "siglip"])
+def test_a_checkpoint_opens_in_open_clip(tmp_path: Path, loss: Literal["clip", "siglip"]) -> None:
+    objective = make_objective(loss)
+    fit(objective, tmp_path)
+    (checkpoint,) = (tmp_path / "checkpoints").iterdir()
+    opened = open_clip.create_model(f"local-dir:{checkpoint}").eval()
+    ours = objective.model.eval()
+    example = batch(9)
+    pixels = objective.normalize(example["image"])
+    with torch.no_grad():
+        assert torch.equal(opened.encode_image(pixels), ours.encode_image(pixels))
+        assert torch.equal(opened.encode_text(example["text"]), ours.encode_text(example["text"]))
+    for name, value in ours.state_dict().items():
+        assert torch.equal(opened.state_dict()[name], value), name
+    assert open_clip.get_tokenizer(f"local-dir:{checkpoint}")(["a cat"]).shape == (1, 8)
+    assert opened.visual.preprocess_cfg["mean"] == list(HALF)
+    assert (
+        "custom_text" in json.loads((checkpoint / "open_clip_config.json").read_text())["model_cfg"]
+    )
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Tensor]]:
+    """A run directory with one classification checkpoint, and its weights."""
+    torch.manual_seed(5)
+    weights = timm.create_model(TEST, num_classes=3).state_dict()
+    run_dir = tmp_path_factory.mktemp("run")
+    writer = CheckpointWriter(run_dir / "checkpoints", 7)
+    writer.begin()
+    writer.add_tensors("model.safetensors", weights)
+    writer.publish(7)
+    return run_dir, weights
+
+
+@pytest.mark.parametrize("place", ["", "checkpoints/step_00000007", "model.safetensors"])
+def test_a_classifier_gives_its_trunk(
+    classifier: tuple[Path, dict[str, Tensor]], tmp_path: Path, place: str
+) -> None:
+    run_dir, weights = classifier
+    source = run_dir / place
+    if place.endswith(".safetensors"):
+        source = tmp_path / place
+        save_file(weights, source)
+    model = make_objective().model
+    load_image_trunk(model, str(source))
+    trunk = model.visual.trunk.state_dict()
+    assert set(trunk) == {name for name in weights if not name.startswith("head.")}
+    assert all(torch.equal(value, weights[name]) for name, value in trunk.items())
+
+
+def test_a_classifier_of_another_architecture_is_explained(
+    classifier: tuple[Path, dict[str, Tensor]], tmp_path: Path
+) -> None:
+    _, weights = classifier
+    other = timm.create_model(TEST, num_classes=3, embed_dim=16).state_dict()
+    save_file(other, tmp_path / "other.safetensors")
+    with pytest.raises(
+        CheckpointError, match=r"pos_embed is \(1, 16, 16\), expected \(1, 16, 32\)"
+    ):
+        load_image_trunk(make_objective().model, str(tmp_path / "other.safetensors"))
+    dense = {name: value for name, value in weights.items() if "blocks.1.mlp" not in name}
+    save_file(dense, tmp_path / "dense.safetensors")
+    with pytest.raises(CheckpointError, match=r"missing blocks\.1\.mlp\.phi"):
+        load_image_trunk(make_objective().model, str(tmp_path / "dense.safetensors"))
+    with pytest.raises(CheckpointError, match="does not exist"):
+        load_image_trunk(make_objective().model, str(tmp_path / "nowhere"))
+    (tmp_path / "empty" / "checkpoints").mkdir(parents=True)
+    with pytest.raises(CheckpointError, match="holds no complete checkpoint"):
+        load_image_trunk(make_objective().model, str(tmp_path / "empty"))

@@ -1,0 +1,202 @@
+"""Command lines: settings from files and options, and errors of one line with exit code 2."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from eval.config import EvaluationSetConfig
+from scripts.cli import parse_config, run, save_config
+from scripts.pretrain import PretrainRun
+from scripts.train_contrastive import ContrastiveRun
+
+ROOT = Path(__file__).parents[2]
+
+
+def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """The one line that a refused command line prints."""
+    with pytest.raises(SystemExit) as stop:
+        parse_config(ContrastiveRun, list(arguments), "test")
+    assert stop.value.code == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    (line,) = captured.err.splitlines()
+    assert line.startswith("error: ")
+    return line
+
+
+def settings_file(folder: Path, text: str) -> str:
+    path = folder / "settings.yaml"
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+def test_defaults_files_and_options_in_that_order(tmp_path: Path) -> None:
+    path = settings_file(
+        tmp_path,
+        "optimizer: {lr: 0.5, beta1: 0.7}\n"
+        "evaluation:\n- {shards: a.tar, caption_key: txt}\n- {shards: b.tar, templates: [x]}\n",
+    )
+    config = parse_config(ContrastiveRun, ["--config", path, "--optimizer.lr", "3e-4"], "test")
+    assert config.optimizer.lr == 3e-4
+    assert config.optimizer.beta1 == 0.7
+    assert config.optimizer.beta2 == ContrastiveRun().optimizer.beta2
+    assert config.evaluation == [
+        EvaluationSetConfig(shards="a.tar", caption_key="txt"),
+        EvaluationSetConfig(shards="b.tar", templates=["x"]),
+    ]
+    assert parse_config(ContrastiveRun, [], "test") == ContrastiveRun()
+
+
+@pytest.mark.parametrize(
+    ("option", "nearest"),
+    [
+        ("--optimizer.learning_rate", ""),
+        ("--optimizer.weight_decy", "optimizer.weight_decay"),
+        ("--optimiser.lr", "optimizer.lr"),
+        ("--lr", "optimizer.lr"),
+        ("--run_dirs", "run_dir"),
+        ("--data.augmentation.crop_scal", "data.augmentation.crop_scale"),
+    ],
+)
+def test_an_unknown_option_names_the_nearest(
+    capsys: pytest.CaptureFixture[str], option: str, nearest: str
+) -> None:
+    line = refusal(capsys, option, "3")
+    assert f"unknown setting '{option[2:]}'" in line
+    assert f"did you mean '{nearest}'?" in line or not nearest
+
+
+@pytest.mark.parametrize(
+    ("text", "unknown", "nearest"),
+    [
+        ("runs_dir: x", "runs_dir", "run_dir"),
+        ("optimizer: {lrr: 1}", "optimizer.lrr", "optimizer.lr"),
+        ("data: {augmentation: {flipp: 1}}", "data.augmentation.flipp", "augmentation.flip"),
+        ("evaluation: [{shard: a.tar}]", "shard", "shards"),
+        ("evaluation: [{shards: a.tar}, {shards: b.tar, captions_key: txt}]", "captions_key",
+         "caption_key"),
+    ],
+)  # fmt: skip
+def test_an_unknown_key_of_a_file_names_the_nearest(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, text: str, unknown: str, nearest: str
+) -> None:
+    line = refusal(capsys, "--config", settings_file(tmp_path, text))
+    assert f"unknown setting '{unknown}'" in line
+    assert f"{nearest}'?" in line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "key", "value"),
+    [
+        (["--optimizer.lr", "fast"], "optimizer.lr", "fast"),
+        (["--train.steps", "2.5"], "train.steps", "2.5"),
+        (["--image.frozen", "maybe"], "image.frozen", "maybe"),
+        (["--contrastive.loss", "triplet"], "contrastive.loss", "triplet"),
+        (["--data.augmentation.crop_scale", "[1]"], "data.augmentation.crop_scale", "1"),
+    ],
+)
+def test_a_wrong_type_names_the_setting(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], key: str, value: str
+) -> None:
+    line = refusal(capsys, *arguments)
+    assert key in line
+    assert value in line
+
+
+def test_broken_and_missing_files(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    missing = str(tmp_path / "none.yaml")
+    assert "there is no such file" in refusal(capsys, "--config", missing)
+    assert "there is no such file" in refusal(capsys, f"--config={missing}")
+    refusal(capsys, "--config", settings_file(tmp_path, "optimizer: {lr: ["))
+    refusal(capsys, "--config", settings_file(tmp_path, "just words"))
+    refusal(capsys, "--config", str(tmp_path))
+
+
+def test_a_missing_preset_names_the_nearest(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    line = refusal(capsys, "--config", "configs/demo_contrstive.yaml")
+    assert "did you mean configs/demo_contrastive.yaml?" in line
+
+
+def changed(config: Any) -> Any:
+    config.optimizer.lr = 1e-7
+    config.train.threads = 3
+    config.data.shards = "data/{0000..0003}.tar::other/*.tar"
+    config.data.augmentation.crop_scale = (0.05, 1.0)
+    config.evaluation = [EvaluationSetConfig("val", "v.tar", templates=["a {}", "off"])]
+    return config
+
+
+@pytest.mark.parametrize("kind", [ContrastiveRun, PretrainRun])
+@pytest.mark.parametrize("change", [changed, lambda config: config])
+def test_a_saved_configuration_reads_back_equal(
+    tmp_path: Path, kind: Callable[[], Any], change: Callable[[Any], Any]
+) -> None:
+    config = change(kind())
+    save_config(config, tmp_path / "config.yaml", "a description")
+    again = parse_config(type(config), ["--config", str(tmp_path / "config.yaml")], "test")
+    assert dataclasses.asdict(again) == dataclasses.asdict(config)
+    assert again == config
+    save_config(again, tmp_path / "again.yaml", "a description")
+    assert (tmp_path / "again.yaml").read_text() == (tmp_path / "config.yaml").read_text()
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.stem)
+def test_training_presets_are_valid(path: Path) -> None:
+    keys = {line.partition(":")[0] for line in path.read_text(encoding="utf-8").splitlines()}
+    if "train" not in keys:
+        pytest.skip("a preset of another command")
+    kind = PretrainRun if "model" in keys else ContrastiveRun
+    assert parse_config(kind, ["--config", str(path)], "test").data.shards
+
+
+@pytest.mark.parametrize("command", ["pretrain", "train_contrastive"])
+def test_help_is_short_of_heavy_imports(run_python: Any, command: str) -> None:
+    code = (
+        f"import sys\nfrom scripts.{command} import main\n"
+        "try:\n    main(['--help'])\n"
+        "except SystemExit as stop:\n    assert stop.code == 0\n"
+        "heavy = {'torch', 'timm', 'open_clip', 'transformers', 'accelerate', 'torchvision'}\n"
+        "print('loaded:', sorted(heavy & set(sys.modules)))\n"
+    )
+    result = run_python("-c", code)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines()[-1] == "loaded: []"
+    assert "--optimizer.lr" in result.stdout
+    assert "Peak learning rate" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (ValueError("two\nlines"), 2),
+        (FileNotFoundError("no file"), 1),
+        (PermissionError("not yours"), 1),
+        (KeyboardInterrupt(), 130),
+    ],
+)
+def test_errors_that_a_user_can_mend_are_one_line(
+    capsys: pytest.CaptureFixture[str], error: BaseException, code: int
+) -> None:
+    def fails() -> None:
+        raise error
+
+    with pytest.raises(SystemExit) as stop:
+        run(fails)
+    assert stop.value.code == code
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_mistakes_of_ours_keep_their_traceback() -> None:
+    def fails() -> None:
+        raise RuntimeError("a mistake")
+
+    with pytest.raises(RuntimeError, match="a mistake"):
+        run(fails)

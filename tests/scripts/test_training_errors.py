@@ -1,0 +1,226 @@
+"""What the training commands refuse: one line, exit code 2, and nothing left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from scripts import pretrain, train_contrastive
+
+TEST = "soft_moe_vit_test_patch16_64"
+
+
+def contrastive_arguments(shards: Path, run_dir: Path, *more: str) -> list[str]:
+    return [
+        f"--run_dir={run_dir}", f"--image.name={TEST}", f"--data.shards={shards}/train-*.tar",
+        "--text.width=16", "--text.heads=2", "--text.layers=1", "--text.context_length=8",
+        "--contrastive.embed_dim=8", "--train.steps=2", "--train.batch_size=8",
+        "--train.threads=1", "--data.workers=0", *more,
+    ]  # fmt: skip
+
+
+def pretrain_arguments(shards: Path, run_dir: Path, *more: str) -> list[str]:
+    return [
+        f"--run_dir={run_dir}", f"--model.name={TEST}", f"--data.shards={shards}/train-*.tar",
+        f"--data.classnames={shards}/classnames.txt", "--train.steps=2", "--train.batch_size=8",
+        "--train.threads=1", "--data.workers=0", *more,
+    ]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def on_the_cpu(fresh_accelerate: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+
+
+@pytest.fixture(scope="module")
+def finished(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run directory of a contrastive run of two steps."""
+    os.environ["ACCELERATE_USE_CPU"] = "true"
+    run_dir = tmp_path_factory.mktemp("finished") / "run"
+    train_contrastive.main(contrastive_arguments(shards, run_dir))
+    return run_dir
+
+
+def refusal(capsys: pytest.CaptureFixture[str], command: Any, arguments: list[str]) -> str:
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        command.main(arguments)
+    assert stop.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    return line
+
+
+CONTRASTIVE_ERRORS = {
+    "no shards": (["--data.shards="], "set data.shards, for example"),
+    "missing shards": (["--data.shards={shards}/none-{0..3}.tar"], "not '"),
+    "missing folder": (["--data.shards={shards}/no/*.tar"], "does not exist"),
+    "no tar": (["--data.shards={shards}/classnames.txt"], "is not a tar file"),
+    "no such member": (["--data.caption_key=text"], "looked for text; the shards hold: cls, png"),
+    "no such picture": (["--data.image_keys=[gif]"], "has a member for the picture"),
+    "large batch": (["--train.batch_size=25"], "larger than the data set of 24 samples"),
+    "unknown tower": (["--image.name=soft_moe_vit_huge"], "'soft_moe_vit_huge' is unknown"),
+    "text heads": (["--text.heads=3"], "width 16 is not divisible by 3 heads"),
+    "missing text folder": (["--text.kind=hugging_face", "--text.folder=none"], "none"),
+    "accumulation": (["--train.accumulation=2"], "accumulation must be 1"),
+    "no steps": (["--train.steps=0"], "train.steps must be at least 1"),
+    "schedule": (["--schedule.warmup_steps=3"], "need 3 steps, but train.steps is 2"),
+    "threads": (["--train.threads=0"], "train.threads must be at least 1"),
+    "workers": (["--data.workers=-1"], "data.workers must not be negative"),
+    "scale": (["--contrastive.logit_scale=0"], "must be positive"),
+    "no weights": (["--image.init_from={shards}/nothing"], "does not exist"),
+    "no such checkpoint": (["--resume={shards}"], "is no complete checkpoint"),
+    "evaluation of nothing": (
+        ['--evaluation=[{"shards": "{shards}/train-0.tar"}]'],
+        "measures nothing: set classnames",
+    ),
+    "evaluation without shards": (
+        ['--evaluation=[{"shards": "{shards}/none.tar", "caption_key": "txt"}]'],
+        "no shard matches",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CONTRASTIVE_ERRORS)
+def test_contrastive_training_refuses(
+    capsys: pytest.CaptureFixture[str], shards: Path, tmp_path: Path, name: str
+) -> None:
+    changes, message = CONTRASTIVE_ERRORS[name]
+    options = [change.replace("{shards}", str(shards)) for change in changes]
+    run_dir = tmp_path / "runs" / "one"
+    arguments = contrastive_arguments(shards, run_dir, *options)
+    assert message in refusal(capsys, train_contrastive, arguments)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--data.label_key=json:label"], "member for the label: looked for json"),
+        (["--data.classnames={shards}/none.txt"], "should hold one name per line"),
+        (["--model.mixup=0.2", "--train.batch_size=7"], "must be even"),
+        (["--model.label_smoothing=1"], "label_smoothing must be in [0, 1)"),
+        (["--train.accumulation=3"], "8 cannot be divided into 1 processes x 3 parts"),
+        (["--train.precision=fp16"], "fp16 needs a GPU"),
+    ],
+)
+def test_pretraining_refuses(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    shards: Path,
+    tmp_path: Path,
+    options: list[str],
+    message: str,
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    options = [option.replace("{shards}", str(shards)) for option in options]
+    arguments = pretrain_arguments(shards, tmp_path / "run", *options)
+    assert message in refusal(capsys, pretrain, arguments)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_empty_shards(
+    capsys: pytest.CaptureFixture[str], tmp_path_factory: pytest.TempPathFactory, tmp_path: Path
+) -> None:
+    folder = tmp_path_factory.mktemp("empty")
+    (folder / "train-0.tar").touch()
+    arguments = contrastive_arguments(folder, tmp_path / "run")
+    line = refusal(capsys, train_contrastive, arguments)
+    assert "no sample in" in line
+    assert f"'{folder}/train-0.tar'" in line
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_shard_of_unusable_samples_stops_the_run(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, shards: Path
+) -> None:
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for shard in shards.glob("*.tar"):
+        content = shard.read_bytes().replace(b"\x89PNG", b"\x00PNG")
+        (broken / shard.name).write_bytes(content)
+    line = refusal(capsys, train_contrastive, contrastive_arguments(broken, tmp_path / "run"))
+    assert "samples in a row cannot be used" in line
+    assert "broken image (24)" in line
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    return {str(p): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def test_a_run_leaves_its_settings_logs_and_one_checkpoint(finished: Path) -> None:
+    assert {path.name for path in finished.iterdir()} == {
+        "config.yaml", "env.json", "metrics.jsonl", "checkpoints",
+    }  # fmt: skip
+    assert [path.name for path in (finished / "checkpoints").iterdir()] == ["step_00000002"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "is not empty: continue that run with --resume auto"),
+        (["--resume=auto", "--contrastive.embed_dim=16"], "holds another architecture"),
+        (["--resume=auto", "--contrastive.loss=siglip"], "missing logit_bias"),
+        (["--resume=auto", "--train.batch_size=6"], "batch_size was 8, is 6"),
+        (["--resume=auto", "--seed=1"], "seed was 0, is 1"),
+        (["--resume=auto", "--image.frozen=true"], "frozen now"),
+    ],
+)
+def test_a_used_run_directory_is_not_mixed_up(
+    capsys: pytest.CaptureFixture[str],
+    shards: Path,
+    finished: Path,
+    options: list[str],
+    message: str,
+) -> None:
+    before = snapshot(finished)
+    arguments = contrastive_arguments(shards, finished, *options)
+    assert message in refusal(capsys, train_contrastive, arguments)
+    assert snapshot(finished) == before
+
+
+def test_a_run_without_a_complete_checkpoint_is_not_restarted_silently(
+    capsys: pytest.CaptureFixture[str], shards: Path, finished: Path, tmp_path: Path
+) -> None:
+    run_dir = Path(shutil.copytree(finished, tmp_path / "run"))
+    (run_dir / "checkpoints" / "step_00000002" / "state.json").unlink()
+    arguments = contrastive_arguments(shards, run_dir, "--resume=auto")
+    with pytest.warns(UserWarning, match=r"passed over: .*state\.json is missing"):
+        assert "no checkpoint" in refusal(capsys, train_contrastive, arguments)
+
+
+def test_a_checkpoint_starts_another_run_directory(
+    shards: Path, finished: Path, tmp_path: Path
+) -> None:
+    checkpoint = finished / "checkpoints" / "step_00000002"
+    options = (f"--resume={checkpoint}", "--train.steps=3")
+    train_contrastive.main(contrastive_arguments(shards, tmp_path / "run", *options))
+    rows = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(row)["step"] for row in rows] == [3]
+    assert (tmp_path / "run" / "config.yaml").exists()
+
+
+def test_a_loss_that_is_not_finite_exits_with_1(
+    capsys: pytest.CaptureFixture[str], shards: Path, tmp_path: Path
+) -> None:
+    options = ("--optimizer.lr=1e38", "--train.steps=5")
+    with pytest.raises(SystemExit) as stop:
+        train_contrastive.main(contrastive_arguments(shards, tmp_path / "run", *options))
+    assert stop.value.code == 1
+    assert "lower optimizer.lr" in capsys.readouterr().err
+
+
+def test_exit_codes_of_real_processes(run_python: Any, shards: Path, tmp_path: Path) -> None:
+    arguments = contrastive_arguments(shards, tmp_path / "run", "--train.batch_size=99")
+    result = run_python("-m", "scripts.train_contrastive", *arguments)
+    assert result.returncode == 2
+    assert result.stderr.splitlines() == [
+        "error: train.batch_size 99 is larger than the data set of 24 samples: choose a smaller"
+        " batch or more shards"
+    ]
+    assert result.stdout == ""

@@ -1,0 +1,41 @@
+"""Dividing cores among training processes and their loaders."""
+
+from __future__ import annotations
+
+import pytest
+
+from training.machine import CorePlan, available_cores, plan_cores
+
+
+@pytest.mark.parametrize(
+    ("cores", "processes", "device_is_cpu", "expected"),
+    [
+        (1, 1, True, CorePlan(threads=1, workers=0)),
+        (2, 1, True, CorePlan(threads=2, workers=0)),
+        (16, 1, True, CorePlan(threads=14, workers=2)),
+        (16, 4, True, CorePlan(threads=4, workers=0)),
+        (2, 4, True, CorePlan(threads=1, workers=0)),
+        (1, 1, False, CorePlan(threads=1, workers=0)),
+        (16, 1, False, CorePlan(threads=1, workers=8)),
+        (16, 4, False, CorePlan(threads=1, workers=3)),
+    ],
+)
+def test_plans(cores: int, processes: int, device_is_cpu: bool, expected: CorePlan) -> None:
+    assert plan_cores(cores, processes, device_is_cpu=device_is_cpu) == expected
+
+
+def test_explicit_numbers_are_kept() -> None:
+    plan = plan_cores(16, 1, device_is_cpu=True, threads=3, workers=5)
+    assert plan == CorePlan(threads=3, workers=5)
+    assert plan_cores(16, 1, device_is_cpu=True, workers=0) == CorePlan(threads=16, workers=0)
+
+
+def test_impossible_numbers_are_refused() -> None:
+    with pytest.raises(ValueError, match="threads must be at least 1, got 0"):
+        plan_cores(4, 1, device_is_cpu=True, threads=0)
+    with pytest.raises(ValueError, match="workers must not be negative"):
+        plan_cores(4, 1, device_is_cpu=True, workers=-1)
+
+
+def test_there_is_a_core() -> None:
+    assert available_cores() >= 1
