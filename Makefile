@@ -24,7 +24,8 @@ demo: install
 	$(BIN)/python -m scripts.demo
 
 demo-long: install
-	$(BIN)/python -m scripts.demo --run_dir runs/demo_long --contrastive configs/demo_long.yaml
+	$(BIN)/python -m scripts.demo --run_dir runs/demo_long --pretrain null \
+		--contrastive configs/demo_long.yaml
 
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2

@@ -28,7 +28,8 @@ class DemoRun:
     """Folder for the two runs, the figures and report.html."""
     data_dir: str = "data/emoji"
     """Folder for the unpacked shards; the presets read from there."""
-    pretrain: str = "configs/demo_pretrain.yaml"
+    pretrain: str | None = "configs/demo_pretrain.yaml"
+    """Preset of the classification stage; null trains contrastively from scratch."""
     contrastive: str = "configs/demo_contrastive.yaml"
     evaluate: str = "configs/demo_evaluate.yaml"
 
@@ -44,23 +45,19 @@ def demo(config: DemoRun) -> None:
     start = time.monotonic()
     folder = Path(config.run_dir)
     prepare(Path(config.data_dir))
-    pretrain, contrastive = folder / "pretrain", folder / "contrastive"
-    stages = {
-        "pretraining": ("scripts.pretrain", config.pretrain, "--run_dir", str(pretrain)),
-        "contrastive training": (
-            "scripts.train_contrastive",
-            config.contrastive,
-            "--run_dir",
-            str(contrastive),
-            "--image.init_from",
-            str(pretrain),
-        ),
-    }
+    contrastive = ["--config", config.contrastive, "--run_dir", str(folder / "contrastive")]
     seconds: dict[str, float] = {}
-    for name, (module, preset, *options) in stages.items():
-        seconds[name] = _command(module, "--config", preset, *options, "--resume", "auto")
+    if config.pretrain is not None:
+        seconds["pretraining"] = _command(
+            "scripts.pretrain", "--config", config.pretrain,
+            "--run_dir", str(folder / "pretrain"), "--resume", "auto",
+        )  # fmt: skip
+        contrastive += ["--image.init_from", str(folder / "pretrain")]
+    seconds["contrastive training"] = _command(
+        "scripts.train_contrastive", *contrastive, "--resume", "auto"
+    )
     seconds["evaluation"] = _command(
-        "scripts.evaluate", "--config", config.evaluate, "--model", str(contrastive),
+        "scripts.evaluate", "--config", config.evaluate, "--model", str(folder / "contrastive"),
         "--output", str(folder / "evaluation.json"),
     )  # fmt: skip
     from scripts.demo_report import build_report

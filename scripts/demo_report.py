@@ -186,7 +186,10 @@ def curves(folder: Path) -> list[Curve]:
     """Loss of both stages, and validation figures over the samples seen."""
     charts = []
     for name, title in (("pretrain", "Pretraining"), ("contrastive", "Contrastive training")):
-        rows = read_jsonl(folder / name / "metrics.jsonl")
+        path = folder / name / "metrics.jsonl"
+        if not path.exists():  # the long preset trains from scratch
+            continue
+        rows = [row for row in read_jsonl(path) if row["loss"] is not None]
         raw = [(float(row["step"]), float(row["loss"])) for row in rows]
         half_life = max(1.0, raw[-1][0] / 50)
         series = {"loss": raw, "smoothed": smooth(raw, half_life)}
@@ -266,7 +269,7 @@ def slot_picture(
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (opened.mean, opened.std))
     many = pictures.images[_spread(64, len(pictures.images))]
     layer, routing = list(collect_routing(trunk, (many / 255 - mean) / std).items())[-1]
-    chosen = choose_slots(routing.dispatch, columns)
+    chosen = choose_slots(routing.dispatch, min(columns, routing.dispatch.shape[2]))
     shown = collect_routing(trunk, (images / 255 - mean) / std)[layer]
     figure = draw_slot_maps(images, shown.dispatch, chosen)
     buffer = io.BytesIO()
@@ -274,7 +277,7 @@ def slot_picture(
     return Picture(
         f"What slots look at ({layer})",
         buffer.getvalue(),
-        alt=f"Heat maps of {columns} slots over {rows} pictures",
+        alt=f"Heat maps of {len(chosen)} slots over {rows} pictures",
         note="Dispatch weights of the last Soft MoE layer, in multiples of a uniform weight. The"
         " slots are chosen because they are concentrated and differ from one another.",
     )

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, set_seed
+from accelerate.utils import set_seed
 from tqdm import tqdm
 
 from data_pipelines.shards import describe_skips
@@ -31,12 +31,7 @@ class Launch:
         precision = {"fp32": "no"}.get(config.train.precision, config.train.precision)
         if precision == "fp16" and not torch.cuda.is_available():
             raise ValueError("train.precision fp16 needs a GPU: choose fp32 or bf16")
-        self.accelerator = Accelerator(
-            mixed_precision=precision,
-            # Towers without a logit bias or with frozen parts have no unused parameters that
-            # require gradients, so the search for them would be wasted time.
-            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
-        )
+        self.accelerator = Accelerator(mixed_precision=precision)
         check_run_directory(self.run_dir, config.resume)
         self.resume = self._find_checkpoint()
         self.accelerator.wait_for_everyone()

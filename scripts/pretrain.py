@@ -2,17 +2,18 @@
 
 python -m scripts.pretrain --config configs/demo_pretrain.yaml
 accelerate launch --num_processes 8 -m scripts.pretrain --config FILE --a.b value
-torchrun --nproc_per_node 2 -m scripts.pretrain --config FILE  # accelerate starts one on CPUs
 """
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, field
 
 from classification.config import ClassifierConfig
 from data_pipelines.config import ClassificationConfig
 from eval.config import EvaluationSetConfig
 from scripts.cli import parse_config, run
+from scripts.cpu_processes import start_cpu_processes
 from training.config import OptimizerConfig, ScheduleConfig, TrainConfig
 
 
@@ -35,6 +36,7 @@ class PretrainRun:
 
 def main(argv: list[str] | None = None) -> None:
     config = parse_config(PretrainRun, argv, __doc__ or "")
+    run(lambda: start_cpu_processes("scripts.pretrain", sys.argv[1:] if argv is None else argv))
     run(lambda: train(config))
 
 

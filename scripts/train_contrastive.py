@@ -2,17 +2,18 @@
 
 python -m scripts.train_contrastive --config configs/demo_contrastive.yaml
 accelerate launch --num_processes 8 -m scripts.train_contrastive --config FILE --a.b value
-torchrun --nproc_per_node 2 -m scripts.train_contrastive --config FILE  # accelerate starts one on CPUs
 """
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, field
 
 from contrastive.config import ContrastiveConfig, ImageTowerConfig, TextTowerConfig
 from data_pipelines.config import ImageTextConfig
 from eval.config import EvaluationSetConfig
 from scripts.cli import parse_config, run
+from scripts.cpu_processes import start_cpu_processes
 from training.config import OptimizerConfig, ScheduleConfig, TrainConfig
 
 
@@ -37,6 +38,11 @@ class ContrastiveRun:
 
 def main(argv: list[str] | None = None) -> None:
     config = parse_config(ContrastiveRun, argv, __doc__ or "")
+    run(
+        lambda: start_cpu_processes(
+            "scripts.train_contrastive", sys.argv[1:] if argv is None else argv
+        )
+    )
     run(lambda: train(config))
 
 

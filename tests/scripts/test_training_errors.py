@@ -215,6 +215,22 @@ def test_a_loss_that_is_not_finite_exits_with_1(
     assert "lower optimizer.lr" in capsys.readouterr().err
 
 
+def test_bfloat16_starts_with_the_loss_of_float32(
+    shards: Path, finished: Path, tmp_path: Path
+) -> None:
+    evaluation = {"shards": f"{shards}/train-0.tar", "caption_key": "txt"}
+    options = ("--train.precision=bf16", f"--evaluation=[{json.dumps(evaluation)}]")
+    train_contrastive.main(contrastive_arguments(shards, tmp_path / "run", *options))
+    first, expected = (
+        json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[0])
+        for run_dir in (tmp_path / "run", finished)
+    )
+    assert first["loss"] == pytest.approx(expected["loss"], rel=0.02)
+    assert first["loss"] != expected["loss"]
+    figures = json.loads((tmp_path / "run" / "eval.jsonl").read_text())
+    assert figures["samples"] == 16
+
+
 def test_exit_codes_of_real_processes(run_python: Any, shards: Path, tmp_path: Path) -> None:
     arguments = contrastive_arguments(shards, tmp_path / "run", "--train.batch_size=99")
     result = run_python("-m", "scripts.train_contrastive", *arguments)

@@ -61,9 +61,9 @@ def test_two_processes_learn_what_one_learns(
 ) -> None:
     run_dir = tmp_path / "run"
     result = run_python(
-        "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}",
-        "-m", "scripts.train_contrastive", *arguments(shards, run_dir),
-        ACCELERATE_USE_CPU="true",
+        "-m", "accelerate.commands.launch", "--cpu", "--num_processes=2",
+        f"--main_process_port={free_port()}", "-m", "scripts.train_contrastive",
+        *arguments(shards, run_dir),
     )  # fmt: skip
     assert result.returncode == 0, result.stderr[-3000:]
     assert "2 process(es) on cpu" in result.stdout
@@ -71,12 +71,17 @@ def test_two_processes_learn_what_one_learns(
     assert [row["step"] for row in found] == list(range(1, STEPS + 1))
     for ours, theirs in zip(found, expected, strict=True):
         assert ours == pytest.approx(theirs, rel=1e-4)
-    assert rows(run_dir, "eval")[0] == pytest.approx(rows(alone, "eval")[0], rel=1e-3)
+    (figures,), (expected_figures,) = rows(run_dir, "eval"), rows(alone, "eval")
+    assert figures.pop("own/acc5") is expected_figures.pop("own/acc5") is None  # of four classes
+    assert figures == pytest.approx(expected_figures, rel=1e-3)
     assert {"rng/rank_0.safetensors", "rng/rank_1.safetensors"} < set(final_files(run_dir))
     weights = "open_clip_model.safetensors"
     final = Path("checkpoints") / f"step_{STEPS:08d}" / weights
     one, two = load_file(alone / final), load_file(run_dir / final)
-    assert max(float((two[name] - one[name]).abs().max()) for name in one) < 1e-4
+    for name in one:
+        # The gradient of a key's bias is zero but for rounding, which Adam turns into steps.
+        if not name.endswith(("in_proj_bias", "qkv.bias")):
+            assert float((two[name] - one[name]).abs().max()) < 1e-5, name
     assert expected[0]["loss"] - expected[-1]["loss"] > 0.01  # something was learnt
 
 
