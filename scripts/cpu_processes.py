@@ -12,6 +12,9 @@ import os
 import sys
 from collections.abc import Mapping
 
+# The ways to spell the launcher: `accelerate launch`, the script, the module.
+LAUNCHERS = ("launch", "accelerate-launch", "accelerate.commands.launch", "launch.py")
+
 
 def only_one_was_started(environment: Mapping[str, str]) -> bool:
     """Whether the launcher was asked for several CPU processes and started this one alone."""
@@ -39,8 +42,9 @@ def torchrun_command(
     """
     from accelerate.commands.launch import launch_command_parser
 
-    asked = launcher[launcher.index("launch") + 1 :] if "launch" in launcher else launcher[1:]
-    options, _ = launch_command_parser().parse_known_args(asked)
+    names = [os.path.basename(word) for word in launcher]
+    start = next((i for i, name in enumerate(names) if name in LAUNCHERS), len(names))
+    options, _ = launch_command_parser().parse_known_args([*launcher[start + 1 :], module])
     if options.num_processes is None or (options.num_machines or 1) > 1:
         raise ValueError(
             "accelerate starts several CPU processes only through MPI: use torchrun"

@@ -69,5 +69,5 @@ def test_links_and_named_files_exist(document: str) -> None:
     for target in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", text):
         if not target.startswith(("http://", "https://")):
             assert (folder / target).exists(), target
-    for path in re.findall(r"`((?:configs|docs|scripts|encoders|eval|training)/[\w./]+\.\w+)`", text):
+    for path in re.findall(r"`((?:configs|docs|scripts|encoders|eval)/[\w./]+\.\w+)`", text):
         assert (ROOT / path).exists(), path

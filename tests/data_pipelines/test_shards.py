@@ -127,7 +127,13 @@ def test_members_need_not_be_adjacent(tmp_path: Path) -> None:
 def test_what_is_no_member_is_passed_over(tmp_path: Path) -> None:
     path = tmp_path / "x.tar"
     with tarfile.open(path, "w") as tar:
-        for kind in (tarfile.DIRTYPE, tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE):
+        for kind in (
+            tarfile.DIRTYPE,
+            tarfile.SYMTYPE,
+            tarfile.LNKTYPE,
+            tarfile.FIFOTYPE,
+            tarfile.GNUTYPE_SPARSE,
+        ):
             entry = tarfile.TarInfo("a.jpg")
             entry.type, entry.linkname = kind, "/etc/passwd"
             tar.addfile(entry)
@@ -176,6 +182,12 @@ def test_a_cut_shard_keeps_its_complete_samples(tmp_path: Path) -> None:
         assert [key for key, _ in contents(index)] == expected, cut
         assert all(members.items() <= dict(THREE)[k].items() for k, members in contents(index))
         assert index.truncated == ((str(path),) if cut < last + 512 else ()), cut
+
+
+def test_a_cut_repetition_spares_the_first_of_its_key(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "x.tar", [("a.jpg", b"1"), ("a.txt", b"2"), ("a.jpg", b"3" * 9)])
+    path.write_bytes(path.read_bytes()[: 5 * 512 + 4])
+    assert contents(index_shards([str(path)])) == [("a", {"jpg": b"1", "txt": b"2"})]
 
 
 def test_damage_in_the_middle_is_reported(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import multiprocessing
 import pickle
 import time
 from collections import Counter
@@ -238,6 +239,7 @@ def test_data_without_a_good_sample_stops_the_run(workers: int) -> None:
     message = r"^20 samples in a row cannot be used: (no caption|broken image) \(10\), .* \(10\)$"
     with pytest.raises(ShardError, match=message):
         take(stream_of(bad_load, workers=workers), 1)
+    assert not multiprocessing.active_children()
 
 
 def test_attempts_are_limited() -> None:

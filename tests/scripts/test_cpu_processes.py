@@ -34,11 +34,20 @@ def test_one_process_is_what_plain_launches_ask_for() -> None:
 
 
 @pytest.mark.parametrize(
+    "launcher",
+    [
+        ["python", "/bin/accelerate", "launch"],
+        ["/bin/accelerate-launch"],
+        ["python", "-m", "accelerate.commands.launch"],
+        ["python", "/site-packages/accelerate/commands/launch.py"],
+    ],
+)
+@pytest.mark.parametrize(
     "spelling", [["--num_processes", "3"], ["--num-processes=3"], ["--num_processes=3"]]
 )
-def test_the_number_comes_from_the_launcher(spelling: list[str]) -> None:
-    launcher = ["python", "/bin/accelerate", "launch", "--cpu", *spelling, "-m", "scripts.x", "-a"]
-    command = torchrun_command(launcher, "scripts.x", ["-a"], LAUNCHED)
+def test_the_number_comes_from_the_launcher(launcher: list[str], spelling: list[str]) -> None:
+    words = [*launcher, "--cpu", *spelling, "-m", "scripts.x", "-a"]
+    command = torchrun_command(words, "scripts.x", ["-a"], LAUNCHED)
     assert command[1:5] == ["-m", "torch.distributed.run", "--nproc_per_node", "3"]
     assert command[command.index("--master_port") + 1] == "29511"
     assert command[-3:] == ["-m", "scripts.x", "-a"]
