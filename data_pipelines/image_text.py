@@ -24,6 +24,7 @@ from data_pipelines.stream import SkipSample, Stream
 from data_pipelines.transforms import train_transform
 
 Tokenize = Callable[[list[str]], Tensor]
+REMEMBERED_CAPTIONS = 65_536
 
 
 def read_image(reader: ShardReader, sample: int, image_keys: list[str], max_pixels: int) -> Tensor:
@@ -50,6 +51,7 @@ class ImageTextLoader:
             index.require("group", [member_of(config.group_key)])
         self.reader, self.config, self.tokenize = ShardReader(index), config, tokenize
         self.transform = train_transform(image_size, config.augmentation)
+        self._tokens: dict[str, Tensor] = {}
 
     def __call__(self, sample: int) -> dict[str, Any]:
         config, reader = self.config, self.reader
@@ -63,8 +65,17 @@ class ImageTextLoader:
         except FieldError as error:
             raise SkipSample(str(error)) from error
         image = read_image(reader, sample, config.image_keys, config.max_pixels)
-        fields["text"] = self.tokenize([caption])[0]
-        return fields | {"image": self.transform(image)}
+        return fields | {"text": self._tokenize(caption), "image": self.transform(image)}
+
+    def _tokenize(self, caption: str) -> Tensor:
+        """Tokens (L,) of a caption; small sets repeat theirs, and a byte-pair tokenizer takes as
+        long for one as decoding a small picture does."""
+        tokens = self._tokens.get(caption)
+        if tokens is None:
+            tokens = self.tokenize([caption])[0]
+            if len(self._tokens) < REMEMBERED_CAPTIONS:
+                self._tokens[caption] = tokens
+        return tokens
 
 
 def image_text_stream(
