@@ -21,8 +21,10 @@ def model_config(
     """The model as open_clip describes it: what goes into `open_clip_config.json`.
 
     Raises:
-        ValueError: an unknown image tower, an unusable text tower, or a setting out of range.
+        ValueError: an unknown image tower, an unusable text tower, a setting out of range, or a
+            frozen tower without trained weights.
     """
+    _refuse_frozen_noise(image, text)
     if text.kind == "open_clip":
         text_config = open_clip_text_config(
             text.width, text.heads, text.layers, text.context_length
@@ -62,6 +64,19 @@ def model_config(
     return config
 
 
+def _refuse_frozen_noise(image: ImageTowerConfig, text: TextTowerConfig) -> None:
+    if image.frozen and image.init_from is None:
+        raise ValueError(
+            "image.frozen would keep random weights: set image.init_from to a classification"
+            " checkpoint, or image.frozen to false"
+        )
+    if text.frozen and text.kind == "open_clip":
+        raise ValueError(
+            "text.frozen would keep random weights, for text.kind open_clip loads none: set"
+            " text.kind to hugging_face and text.folder, or text.frozen to false"
+        )
+
+
 def build_dual_encoder(config: dict[str, Any]) -> Any:
     """A fresh model from `model_config`; open_clip's factory builds the same one."""
     arguments = {name: value for name, value in config.items() if name != "custom_text"}
@@ -71,15 +86,16 @@ def build_dual_encoder(config: dict[str, Any]) -> Any:
 def frozen_parts(
     model: Any, image: ImageTowerConfig, text: TextTowerConfig
 ) -> tuple[nn.Module, ...]:
-    """The modules that the settings freeze; projections on top of pretrained models are not."""
+    """The modules that settings which `model_config` accepts freeze: pretrained ones, not the
+    projections on top of them."""
     parts: list[nn.Module] = [model.visual.trunk] if image.frozen else []
     if text.frozen:
-        parts.append(model.text.transformer if text.kind == "hugging_face" else model.text)
+        parts.append(model.text.transformer)
     return tuple(parts)
 
 
 def load_image_trunk(model: Any, source: str) -> None:
-    """Load a classification checkpoint into the image trunk; its head is left out.
+    """Load a classification checkpoint into the image trunk; its classifier is left out.
 
     Args:
         source: a run directory, a checkpoint folder, or a safetensors file.
@@ -97,4 +113,9 @@ def load_image_trunk(model: Any, source: str) -> None:
         path = path / "model.safetensors"
     tensors = load_tensors(path)
     trunk = model.visual.trunk
-    load_weights(trunk, {k: v for k, v in tensors.items() if not k.startswith("head.")}, str(path))
+    named = trunk.pretrained_cfg.get("classifier") or ()  # two names with a distillation head
+    names = (named,) if isinstance(named, str) else named
+    # All of a head that the trunk lacks, for "head.fc" may stand beside a norm of either side.
+    heads, kept = tuple(f"{name.partition('.')[0]}." for name in names), trunk.state_dict()
+    tensors = {k: v for k, v in tensors.items() if k in kept or not k.startswith(heads)}
+    load_weights(trunk, tensors, str(path))

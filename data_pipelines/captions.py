@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 
 import torch
 
-MAX_BYTES = 1 << 20
+from data_pipelines.shards import FieldError, ShardReader
 
-
-class FieldError(ValueError):
-    """A member that cannot be used; the message is the reason, in a few words."""
+MAX_BYTES = 1 << 20  # tokenizers and parsers would take seconds and much memory for more
+_SURROGATES = re.compile("[\ud800-\udfff]")
 
 
 def member_of(key: str) -> str:
@@ -19,17 +19,26 @@ def member_of(key: str) -> str:
     return key.partition(":")[0]
 
 
-def read_field(key: str, data: bytes | None) -> object:
-    """Text of a member, or one field of a JSON member for keys such as 'json:caption'.
+def read_field(reader: ShardReader, sample: int, key: str) -> object:
+    """What `key` names in a sample; see `parse_field`.
 
     Raises:
         FieldError: the member or the field is missing, cannot be parsed, or is over MAX_BYTES.
     """
+    return parse_field(key, reader.read(sample, member_of(key), MAX_BYTES))
+
+
+def parse_field(key: str, data: bytes | None) -> object:
+    """Text of a member, or one field of a JSON member for keys such as 'json:caption'.
+
+    Halves of surrogate pairs, which JSON can escape alone but no encoder takes, become U+FFFD.
+
+    Raises:
+        FieldError: the member or the field is missing or cannot be parsed.
+    """
     member, _, field = key.partition(":")
     if data is None:
         raise FieldError(f"no {member} member")
-    if len(data) > MAX_BYTES:  # tokenizers and parsers would take seconds and much memory
-        raise FieldError(f"{member} member over {MAX_BYTES} bytes")
     text = data.decode("utf-8-sig", errors="replace")
     if not field:
         return text
@@ -39,7 +48,12 @@ def read_field(key: str, data: bytes | None) -> object:
         raise FieldError(f"broken {member} member") from error
     if not isinstance(record, dict) or record.get(field) is None:
         raise FieldError(f"no field '{field}' in {member}")
-    return record[field]
+    value = record[field]
+    return [_encodable(entry) for entry in value] if isinstance(value, list) else _encodable(value)
+
+
+def _encodable(value: object) -> object:
+    return _SURROGATES.sub("\ufffd", value) if isinstance(value, str) else value
 
 
 def captions_of(value: object) -> list[str]:
@@ -64,16 +78,25 @@ def draw_caption(captions: list[str]) -> str:
     return captions[int(torch.randint(len(captions), ()))]
 
 
+def integer_of(value: object) -> int:
+    """A label of any size.
+
+    Raises:
+        FieldError: not an integer.
+    """
+    try:
+        return int(str(value).strip())
+    except ValueError as error:
+        raise FieldError("label is no integer") from error
+
+
 def label_of(value: object, num_classes: int) -> int:
     """An integer label in [0, num_classes).
 
     Raises:
         FieldError: not an integer, or out of range.
     """
-    try:
-        label = int(str(value).strip())
-    except ValueError as error:
-        raise FieldError("label is no integer") from error
+    label = integer_of(value)
     if not 0 <= label < num_classes:
         raise FieldError(f"label outside 0..{num_classes - 1}")
     return label
@@ -81,4 +104,9 @@ def label_of(value: object, num_classes: int) -> int:
 
 def group_of(value: object) -> int:
     """A 63-bit number that is the same for equal values, in every process and run."""
-    return int.from_bytes(hashlib.sha256(str(value).encode()).digest()[:8], "big") >> 1
+    return (
+        int.from_bytes(
+            hashlib.sha256(str(value).encode("utf-8", "surrogatepass")).digest()[:8], "big"
+        )
+        >> 1
+    )

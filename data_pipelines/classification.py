@@ -7,27 +7,41 @@ from typing import Any
 
 import torch
 
-from data_pipelines.captions import FieldError, label_of, member_of, read_field
+from data_pipelines.captions import label_of, member_of, read_field
 from data_pipelines.config import ClassificationConfig
 from data_pipelines.image_text import read_image
-from data_pipelines.shards import ShardError, ShardIndex, ShardReader, expand_shards, index_shards
+from data_pipelines.shards import (
+    FieldError,
+    ShardError,
+    ShardIndex,
+    ShardReader,
+    expand_shards,
+    index_shards,
+)
 from data_pipelines.stream import SkipSample, Stream
 from data_pipelines.transforms import train_transform
 
 
-def read_lines(path: str) -> list[str]:
-    """Non-empty lines of a text file, such as class names.
+def read_lines(path: str | Path) -> list[str]:
+    """Lines of a UTF-8 text file such as class names, line i naming label i.
 
     Raises:
-        ShardError: the file is missing or empty.
+        ShardError: the file is missing, empty or no text, or a line before the last name is empty,
+            which would leave a label nameless.
     """
     try:
-        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
+        text = Path(path).read_text(encoding="utf-8-sig")
     except (FileNotFoundError, IsADirectoryError) as error:
         raise ShardError(f"'{path}' is not a file: it should hold one name per line") from error
-    lines = [line for line in lines if line]
-    if not lines:
+    except UnicodeDecodeError as error:
+        raise ShardError(f"'{path}' is not UTF-8 text: save it as UTF-8") from error
+    # Split at newlines only: `str.splitlines` also splits at form feeds and the like, and one
+    # extra line would shift every later label.
+    lines = [line.strip() for line in text.rstrip().split("\n")]
+    if lines == [""]:
         raise ShardError(f"'{path}' is empty: it should hold one name per line")
+    if "" in lines:
+        raise ShardError(f"'{path}', line {lines.index('') + 1} is empty: fill or remove it")
     return lines
 
 
@@ -45,8 +59,7 @@ class ClassificationLoader:
     def __call__(self, sample: int) -> dict[str, Any]:
         config, reader = self.config, self.reader
         try:
-            member = reader.read(sample, member_of(config.label_key))
-            label = label_of(read_field(config.label_key, member), self.num_classes)
+            label = label_of(read_field(reader, sample, config.label_key), self.num_classes)
         except FieldError as error:
             raise SkipSample(str(error)) from error
         image = read_image(reader, sample, config.image_keys, config.max_pixels)

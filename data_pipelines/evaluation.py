@@ -10,10 +10,16 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from data_pipelines.captions import FieldError, captions_of, label_of, member_of, read_field
+from data_pipelines.captions import captions_of, integer_of, member_of, read_field
 from data_pipelines.image_text import read_image
-from data_pipelines.shards import ShardReader, expand_shards, index_shards
-from data_pipelines.stream import SkipSample, collate
+from data_pipelines.shards import (
+    FieldError,
+    ShardError,
+    ShardReader,
+    expand_shards,
+    index_shards,
+)
+from data_pipelines.stream import SkipSample, collate, without_stack
 from data_pipelines.transforms import eval_transform
 
 
@@ -25,7 +31,7 @@ class EvaluationSet(Dataset[dict[str, Any]]):
 
     Raises:
         ShardError: missing, empty or unsuitable shards.
-        ValueError: labels without a number of classes, or an unknown resize mode.
+        ValueError: labels without a number of classes, or an unknown resize mode or interpolation.
     """
 
     def __init__(
@@ -38,6 +44,7 @@ class EvaluationSet(Dataset[dict[str, Any]]):
         label_key: str | None = None,
         num_classes: int = 0,
         resize_mode: str = "squash",
+        interpolation: str = "bicubic",
         max_pixels: int = 64_000_000,
     ) -> None:
         if label_key is not None and num_classes < 1:
@@ -51,7 +58,7 @@ class EvaluationSet(Dataset[dict[str, Any]]):
         self.reader = ShardReader(self.index)
         self.image_keys, self.caption_key, self.label_key = image_keys, caption_key, label_key
         self.num_classes, self.max_pixels = num_classes, max_pixels
-        self.transform = eval_transform(image_size, resize_mode)
+        self.transform = eval_transform(image_size, resize_mode, interpolation)
 
     def __len__(self) -> int:
         return len(self.index)
@@ -61,16 +68,24 @@ class EvaluationSet(Dataset[dict[str, Any]]):
         try:
             fields["captions"] = []
             if self.caption_key is not None:
-                member = self.reader.read(index, member_of(self.caption_key))
-                fields["captions"] = captions_of(read_field(self.caption_key, member))
+                fields["captions"] = captions_of(read_field(self.reader, index, self.caption_key))
             fields["label"] = -1
             if self.label_key is not None:
-                member = self.reader.read(index, member_of(self.label_key))
-                fields["label"] = label_of(read_field(self.label_key, member), self.num_classes)
+                fields["label"] = self._label(index, self.label_key)
             image = read_image(self.reader, index, self.image_keys, self.max_pixels)
         except (FieldError, SkipSample) as error:
             return {"number": index, "skipped": str(error)}
         return fields | {"image": self.transform(image)}
+
+    def _label(self, index: int, label_key: str) -> int:
+        label = integer_of(read_field(self.reader, index, label_key))
+        if not 0 <= label < self.num_classes:  # leaving samples out would flatter the figures
+            raise ShardError(
+                f"sample '{self.index.keys[index]}' of '{self.reader.shard_of(index)}' has label"
+                f" {label}, but there are {self.num_classes} classes: wrong classnames file or"
+                " label_key?"
+            )
+        return label
 
     def batches(
         self, batch_size: int, rank: int = 0, world: int = 1, workers: int = 0
@@ -79,6 +94,9 @@ class EvaluationSet(Dataset[dict[str, Any]]):
 
         Each batch is collated from the usable samples and has `skipped`, a Counter of reasons;
         a batch without any usable sample has only `skipped`.
+
+        Raises:
+            ShardError: a label is out of range.
         """
         loader = DataLoader(
             self,
@@ -89,7 +107,10 @@ class EvaluationSet(Dataset[dict[str, Any]]):
             # A loader draws one number; not from the generator that training uses.
             generator=torch.Generator(),
         )
-        return iter(loader)
+        try:
+            yield from loader
+        except ShardError as error:
+            raise without_stack(error) from None
 
     def pictures(self, numbers: list[int]) -> Tensor:
         """Transformed pictures of the given samples, uint8 (N, 3, S, S), for showing."""

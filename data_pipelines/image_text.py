@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from data_pipelines.captions import (
-    FieldError,
     captions_of,
     draw_caption,
     group_of,
@@ -19,7 +18,7 @@ from data_pipelines.captions import (
 )
 from data_pipelines.config import ImageTextConfig
 from data_pipelines.decode import DecodeError, decode_rgb
-from data_pipelines.shards import ShardIndex, ShardReader, expand_shards, index_shards
+from data_pipelines.shards import FieldError, ShardIndex, ShardReader, expand_shards, index_shards
 from data_pipelines.stream import SkipSample, Stream
 from data_pipelines.transforms import train_transform
 
@@ -30,12 +29,12 @@ REMEMBERED_CAPTIONS = 65_536
 def read_image(reader: ShardReader, sample: int, image_keys: list[str], max_pixels: int) -> Tensor:
     """Decode a sample's picture to uint8 (3, H, W), or raise SkipSample."""
     for ext in image_keys:
-        data = reader.read(sample, ext)
-        if data is not None:
-            try:
+        try:
+            data = reader.read(sample, ext)
+            if data is not None:
                 return decode_rgb(data, max_pixels)
-            except DecodeError as error:
-                raise SkipSample(str(error)) from error
+        except (DecodeError, FieldError) as error:
+            raise SkipSample(str(error)) from error
     raise SkipSample("no image member")
 
 
@@ -56,12 +55,11 @@ class ImageTextLoader:
     def __call__(self, sample: int) -> dict[str, Any]:
         config, reader = self.config, self.reader
         try:
-            member = reader.read(sample, member_of(config.caption_key))
-            caption = draw_caption(captions_of(read_field(config.caption_key, member)))
+            caption = draw_caption(captions_of(read_field(reader, sample, config.caption_key)))
             fields: dict[str, Any] = {"key": str(reader.index.keys[sample])}
             if config.group_key is not None:
-                member = reader.read(sample, member_of(config.group_key))
-                fields["group"] = torch.tensor(group_of(read_field(config.group_key, member)))
+                value = read_field(reader, sample, config.group_key)
+                fields["group"] = torch.tensor(group_of(value))
         except FieldError as error:
             raise SkipSample(str(error)) from error
         image = read_image(reader, sample, config.image_keys, config.max_pixels)

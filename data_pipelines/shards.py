@@ -14,17 +14,23 @@ import tarfile
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 from webdataset.shardlists import expand_urls
 
 MAX_EXTENSIONS = 64
+MAX_MEMBER_BYTES = 256 << 20
 Places = dict[str, tuple[int, int]]  # extension -> offset and length in bytes
 
 
 class ShardError(ValueError):
     """Shards that cannot be used; the message says which, why, and what to do."""
+
+
+class FieldError(ValueError):
+    """A member that cannot be used; the message is the reason, in a few words."""
 
 
 def expand_shards(pattern: str) -> list[str]:
@@ -72,8 +78,8 @@ class ShardIndex:
 
     `keys` (N,) are sample keys, strings of any width; `members[ext]` (N, 2) int64 holds offset and
     length in bytes of that member, or -1 where a sample lacks it; `starts` (shards + 1,) are
-    cumulative sample counts; `truncated` names shards that end early or are damaged (the complete
-    samples before that place are kept).
+    cumulative sample counts; `file_bytes` are the sizes of the shards; `truncated` names shards
+    that end early or are damaged (the complete samples before that place are kept).
     """
 
     paths: tuple[str, ...]
@@ -81,6 +87,7 @@ class ShardIndex:
     keys: np.ndarray
     members: dict[str, np.ndarray]
     truncated: tuple[str, ...]
+    file_bytes: tuple[int, ...]
 
     def __len__(self) -> int:
         return int(self.starts[-1])
@@ -91,10 +98,16 @@ class ShardIndex:
         return np.diff(self.starts)
 
     def fingerprint(self) -> str:
-        """Hash of shard names and sample counts: equal means the same order of samples."""
+        """Hash of the shards' names, sizes and sample keys, the same wherever the shards lie."""
+        return self._fingerprint
+
+    @cached_property
+    def _fingerprint(self) -> str:
         digest = hashlib.sha256()
-        for path, size in zip(self.paths, self.sizes, strict=True):
-            digest.update(f"{os.path.basename(path)}:{size}\n".encode())
+        for number, (path, size) in enumerate(zip(self.paths, self.file_bytes, strict=True)):
+            keys = self.keys[self.starts[number] : self.starts[number + 1]]
+            digest.update(f"{os.path.basename(path)}:{size}:{len(keys)}\n".encode())
+            digest.update("\n".join(keys).encode())
         return digest.hexdigest()[:16]
 
     def require(self, purpose: str, alternatives: Sequence[str]) -> None:
@@ -145,7 +158,12 @@ def index_shards(paths: Sequence[str]) -> ShardIndex:
             if ext in table:
                 members[ext][start : start + len(table[ext])] = table[ext]
     return ShardIndex(
-        tuple(paths), np.array(starts, np.int64), np.concatenate(keys), members, tuple(truncated)
+        tuple(paths),
+        np.array(starts, np.int64),
+        np.concatenate(keys),
+        members,
+        tuple(truncated),
+        tuple(map(os.path.getsize, paths)),
     )
 
 
@@ -228,12 +246,18 @@ class ShardReader:
     def __getstate__(self) -> dict[str, object]:
         return {"index": self.index, "_files": {}, "_owner": -1}
 
-    def read(self, sample: int, ext: str) -> bytes | None:
-        """Contents of member `ext` of sample number `sample`, or None where it has none."""
+    def read(self, sample: int, ext: str, limit: int = MAX_MEMBER_BYTES) -> bytes | None:
+        """Contents of member `ext` of sample number `sample`, or None where it has none.
+
+        Raises:
+            FieldError: the member is over `limit` bytes; nothing of it is read.
+        """
         table = self.index.members.get(ext)
         if table is None or table[sample, 0] < 0:
             return None
         offset, length = (int(v) for v in table[sample])
+        if length > limit:
+            raise FieldError(f"{ext} member over {limit} bytes")
         return os.pread(self._descriptor(sample), length, offset)
 
     def shard_of(self, sample: int) -> str:

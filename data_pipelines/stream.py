@@ -225,10 +225,17 @@ class Stream:
         try:
             yield from loader
         except ShardError as error:
-            # Loader processes put their stack in front of the message, and torch's own frames keep
-            # the loader in a reference cycle with the error, which delays the end by seconds.
-            error.__traceback__ = None
-            raise ShardError(str(error).rpartition("ShardError: ")[2].strip()) from None
+            raise without_stack(error) from None
+
+
+def without_stack(error: ShardError) -> ShardError:
+    """The error of a loader as its reader should see it.
+
+    Loader processes put their stack in front of the message, and torch's own frames keep the
+    loader in a reference cycle with the error, which delays the end by seconds.
+    """
+    error.__traceback__ = None
+    return ShardError(str(error).rpartition("ShardError: ")[2].strip())
 
 
 def _one_thread(worker: int) -> None:

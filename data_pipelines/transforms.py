@@ -80,23 +80,30 @@ def _check(config: AugmentationConfig) -> None:
             )
 
 
-def eval_transform(image_size: int, resize_mode: str = "squash") -> nn.Module:
-    """Deterministic resize: uint8 (3, H, W) to (3, size, size), bicubic with antialias.
+def eval_transform(
+    image_size: int, resize_mode: str = "squash", interpolation: str = "bicubic"
+) -> nn.Module:
+    """Deterministic resize with antialias: uint8 (3, H, W) to (3, size, size).
 
     `squash` stretches to the square (big_vision's default); `shortest` scales the shorter side
     and crops the centre (open_clip's default).
 
     Raises:
-        ValueError: another resize mode.
+        ValueError: another resize mode, or an interpolation other than bicubic and bilinear.
     """
-    bicubic = {"interpolation": InterpolationMode.BICUBIC, "antialias": True}
+    if interpolation not in ("bicubic", "bilinear"):
+        raise ValueError(f"interpolation '{interpolation}' is unknown: choose bicubic or bilinear")
+    options = {"interpolation": InterpolationMode(interpolation), "antialias": True}
     if resize_mode == "squash":
-        return v2.Resize((image_size, image_size), **bicubic)
+        return v2.Resize((image_size, image_size), **options)
     if resize_mode == "shortest":
         return v2.Compose(
-            [_TrimEnds(), v2.Resize(image_size, **bicubic), v2.CenterCrop(image_size)]
+            [_TrimEnds(), v2.Resize(image_size, **options), v2.CenterCrop(image_size)]
         )
-    raise ValueError(f"resize_mode '{resize_mode}' is unknown: choose squash or shortest")
+    raise ValueError(
+        f"resize_mode '{resize_mode}' is not supported: choose squash or shortest as resize_mode of"
+        " the evaluation set"
+    )
 
 
 class _TrimEnds(nn.Module):

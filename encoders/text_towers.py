@@ -59,8 +59,10 @@ def hugging_face_text_config(
 ) -> dict[str, Any]:
     """`text_cfg` of a Hugging Face model in a local folder, mean-pooled and projected.
 
-    Building the tower loads nothing from a network. open_clip's `create_model` overrides
-    `hf_model_pretrained` with its own `pretrained_hf` argument: pass both.
+    The description names the folder by its absolute path, so that a checkpoint opens from any
+    working directory; the folder must stay where it is, because the architecture and the
+    tokenizer are read from it. Building the tower loads nothing from a network. open_clip's
+    `create_model` overrides `hf_model_pretrained` with its own `pretrained_hf` argument: pass both.
 
     Args:
         folder: as written by `save_pretrained` of a model and its tokenizer.
@@ -85,8 +87,8 @@ def hugging_face_text_config(
         raise ValueError(f"{folder} has no {WEIGHT_FILES[0]}: save the model as safetensors")
     _check_positions(folder, model, context_length)
     return {
-        "hf_model_name": str(folder),
-        "hf_tokenizer_name": str(folder),
+        "hf_model_name": str(folder.absolute()),
+        "hf_tokenizer_name": str(folder.absolute()),
         "context_length": context_length,
         "hf_proj_type": projection,
         "hf_pooler_type": "mean_pooler",

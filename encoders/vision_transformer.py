@@ -42,6 +42,8 @@ class SoftMoEVisionTransformer(VisionTransformer):
         num_experts, slots_per_expert: see `encoders.soft_moe.SoftMoE`.
         router_noise_std: noise on router logits in training.
         identical_experts: start the experts of a layer equal.
+        pos_embed_std: standard deviation of the initial position embedding. The reference's 0.02
+            hides positions from the first steps: short runs on small data want them visible.
         **kwargs: timm's VisionTransformer arguments (img_size, patch_size, embed_dim, depth,
             num_heads, mlp_ratio, num_classes, drop_path_rate, patch_drop_rate, ...).
 
@@ -56,6 +58,7 @@ class SoftMoEVisionTransformer(VisionTransformer):
         slots_per_expert: int = 1,
         router_noise_std: float = 0.0,
         identical_experts: bool = True,
+        pos_embed_std: float = 0.02,
         depth: int = 12,
         **kwargs: Any,
     ) -> None:
@@ -91,6 +94,7 @@ class SoftMoEVisionTransformer(VisionTransformer):
             "act_layer": "gelu_tanh",
             "attn_layer": BiasFreeQKNormAttention,
         }
+        self.pos_embed_std = pos_embed_std  # timm's constructor calls init_weights
         super().__init__(depth=depth, **(defaults | kwargs))
         self.moe_blocks = routed
 
@@ -103,7 +107,7 @@ class SoftMoEVisionTransformer(VisionTransformer):
                 a model that was materialised from the meta device needs.
         """
         if self.pos_embed is not None:
-            nn.init.normal_(self.pos_embed, std=0.02)
+            nn.init.normal_(self.pos_embed, std=self.pos_embed_std)
         for token in (self.cls_token, self.reg_token):
             if token is not None:
                 nn.init.normal_(token, std=1e-6)

@@ -17,7 +17,10 @@ from eval.zero_shot import accuracy_from_ranks
 
 
 class ClassificationEvaluator:
-    """Top-1, top-5 and mean per-class recall from the logits of `model(images)`."""
+    """Top-1, top-5 and mean per-class recall from the logits of `model(images)`.
+
+    `workers` loader processes decode; with 0 this one does.
+    """
 
     def __init__(
         self,
@@ -26,8 +29,9 @@ class ClassificationEvaluator:
         num_classes: int,
         mean: tuple[float, ...],
         std: tuple[float, ...],
+        workers: int = 0,
     ) -> None:
-        self.config, self.num_classes = config, num_classes
+        self.config, self.num_classes, self.workers = config, num_classes, workers
         self.name = config.name or Path(config.shards).parent.name
         self.normalize = Normalize(mean, std)
         self.dataset = EvaluationSet(
@@ -43,13 +47,14 @@ class ClassificationEvaluator:
     def __call__(self, model: nn.Module) -> dict[str, float | None]:
         rank, world = process()
         device = next(model.parameters()).device
+        normalize = self.normalize.to(device)
         ranks, labels = [], []
         skipped: Counter[str] = Counter()
-        for batch in self.dataset.batches(self.config.batch_size, rank, world):
+        for batch in self.dataset.batches(self.config.batch_size, rank, world, self.workers):
             skipped.update(batch.pop("skipped"))
             if not batch:
                 continue
-            logits = model(self.normalize(batch["image"].to(device))).float().cpu()
+            logits = model(normalize(batch["image"].to(device))).float().cpu()
             own = torch.tensor(batch["label"])
             ranks.append(
                 ranks_from_similarity(logits, own[:, None] == torch.arange(self.num_classes))

@@ -50,9 +50,12 @@ class ImageTextEvaluator:
         tokenizer: list of strings to int64 (B, L).
         mean, std: pixel normalisation.
         resize_mode: the model's own, which the set's configuration may override.
+        interpolation: bicubic or bilinear.
+        workers: loader processes that decode; with 0 this one does.
 
     Raises:
-        ShardError, ValueError: unusable shards, names or templates; or nothing to measure.
+        ShardError, ValueError: unusable shards, names or templates; nothing to measure; or a
+            resize mode or an interpolation that is not supported.
     """
 
     def __init__(
@@ -63,15 +66,19 @@ class ImageTextEvaluator:
         mean: tuple[float, ...],
         std: tuple[float, ...],
         resize_mode: str = "squash",
+        interpolation: str = "bicubic",
+        workers: int = 0,
     ) -> None:
         if not config.classnames and config.caption_key is None:
             raise ValueError(
                 f"evaluation set '{config.shards}' measures nothing: set classnames for zero-shot"
                 " classification, caption_key for retrieval, or both"
             )
-        self.config, self.tokenizer = config, tokenizer
+        self.config, self.tokenizer, self.workers = config, tokenizer, workers
         self.name = config.name or Path(config.shards).parent.name
-        self.resize_mode = config.resize_mode or resize_mode
+        self.resize_mode, self.interpolation = config.resize_mode or resize_mode, interpolation
+        self.skipped: Counter[str] = Counter()
+        """Reasons of the samples that the last measurement left out, over all processes."""
         self.normalize = Normalize(mean, std)
         self.prompts: list[list[str]] = []
         self.classnames: list[str] = []
@@ -88,6 +95,7 @@ class ImageTextEvaluator:
             label_key=config.label_key if self.prompts else None,
             num_classes=len(self.prompts),
             resize_mode=self.resize_mode,
+            interpolation=interpolation,
         )
 
     def __call__(self, model: nn.Module) -> dict[str, float | None]:
@@ -98,9 +106,10 @@ class ImageTextEvaluator:
     def encoders(self, model: Any) -> tuple[EncodeImage, EncodeText]:
         """Callables that take uint8 pictures (B, 3, S, S) and strings, on the model's device."""
         device = next(model.parameters()).device
+        normalize = self.normalize.to(device)
 
         def encode_image(images: Tensor) -> Tensor:
-            return model.encode_image(self.normalize(images.to(device)))
+            return model.encode_image(normalize(images.to(device)))
 
         def encode_text(texts: list[str]) -> Tensor:
             return model.encode_text(self.tokenizer(texts).to(device))
@@ -119,9 +128,9 @@ class ImageTextEvaluator:
             figures |= zero_shot_metrics(embedded.images, embedded.labels, vectors)
         if self.config.caption_key is not None:
             figures |= retrieval_metrics(embedded.images, embedded.texts, embedded.image_of_text)
-        skipped = sum(embedded.skipped.values())
-        if skipped:
-            figures["skipped"] = float(skipped)
+        self.skipped = embedded.skipped
+        if self.skipped:
+            figures["skipped"] = float(self.skipped.total())
         return figures
 
     @torch.inference_mode()
@@ -131,7 +140,7 @@ class ImageTextEvaluator:
         images, labels, numbers, owners = [], [], [], []
         captions: list[str] = []
         skipped: Counter[str] = Counter()
-        for batch in self.dataset.batches(self.config.batch_size, rank, world):
+        for batch in self.dataset.batches(self.config.batch_size, rank, world, self.workers):
             skipped.update(batch.pop("skipped"))
             if not batch:
                 continue

@@ -21,8 +21,8 @@ CONFIG_FILE = "open_clip_config.json"
 class OpenedModel:
     """A model in eval mode with what its inputs need.
 
-    `image_size` in pixels, `mean` and `std` of its pixels, `resize_mode` squash or shortest, and
-    `source`, the folder or name that was opened.
+    `image_size` in pixels, `mean` and `std` of its pixels, `resize_mode` and `interpolation` as the
+    model was trained with, and `source`, the folder or name that was opened.
     """
 
     model: Any
@@ -31,6 +31,7 @@ class OpenedModel:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     resize_mode: str
+    interpolation: str
     source: str
 
 
@@ -59,11 +60,8 @@ def open_model(model: str, pretrained: str | None = None) -> OpenedModel:
         tokenizer = build_tokenizer(description["model_cfg"]["text_cfg"])
     settings = open_clip.get_model_preprocess_cfg(opened)
     size = settings["size"]
-    if settings["resize_mode"] not in ("squash", "shortest"):
-        raise ValueError(
-            f"model '{model}' wants resize_mode {settings['resize_mode']}, which is "
-            "not supported: set resize_mode of the evaluation sets"
-        )
+    # "random" is drawn in training only; open_clip evaluates such models with bicubic.
+    interpolation = settings["interpolation"].replace("random", "bicubic")
     return OpenedModel(
         opened,
         tokenizer,
@@ -71,6 +69,7 @@ def open_model(model: str, pretrained: str | None = None) -> OpenedModel:
         tuple(settings["mean"]),
         tuple(settings["std"]),
         settings["resize_mode"],
+        interpolation,
         str(folder or model),
     )
 

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
+from data_pipelines.classification import read_lines
+
 _PLACEHOLDER = "{}"
 _NAMED_PLACEHOLDER = "{c}"
 _DELETE_PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -34,9 +36,10 @@ def read_classnames(path: str | Path) -> list[str]:
     """Read class names from a UTF-8 text file, line i naming label i.
 
     Raises:
-        ValueError: the file has no line, or an empty line that would leave a label nameless.
+        ValueError: the file is missing or has no line, or an empty line that would leave a label
+            nameless.
     """
-    return _read_lines(Path(path))
+    return read_lines(path)
 
 
 def read_templates(path: str | Path) -> list[str]:
@@ -47,7 +50,7 @@ def read_templates(path: str | Path) -> list[str]:
     Raises:
         ValueError: the file or a line is empty, or a line does not have exactly one placeholder.
     """
-    lines = _read_lines(Path(path))
+    lines = read_lines(path)
     return [_one_placeholder(line, f"{path}, line {i}") for i, line in enumerate(lines, start=1)]
 
 
@@ -109,16 +112,3 @@ def _one_placeholder(template: str, where: str) -> str:
             "where the class name goes"
         )
     return template.replace(_NAMED_PLACEHOLDER, _PLACEHOLDER)
-
-
-def _read_lines(path: Path) -> list[str]:
-    # Split at newlines only: `str.splitlines` also splits at form feeds and the like, and one
-    # extra line would shift every later label.
-    lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").split("\n")]
-    while lines and not lines[-1]:
-        lines.pop()
-    if not lines:
-        raise ValueError(f"{path} is empty; write one entry per line")
-    if "" in lines:
-        raise ValueError(f"{path}, line {lines.index('') + 1} is empty; fill or remove it")
-    return lines

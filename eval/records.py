@@ -45,7 +45,7 @@ def make_records(
             "preprocess": {
                 "size": opened.image_size,
                 "resize_mode": evaluator.resize_mode,
-                "interpolation": "bicubic",
+                "interpolation": evaluator.interpolation,
                 "antialias": True,
                 "mean": list(opened.mean),
                 "std": list(opened.std),

@@ -51,6 +51,7 @@ figcaption small { display: block; font-weight: 400; }
   display: grid; gap: 1.5rem; margin-top: 1.2rem;
   grid-template-columns: repeat(auto-fill, minmax(min(100%, 26rem), 1fr));
 }
+.pair > :only-child { grid-column: 1 / -1; }
 .card, .chart {
   background: var(--card); border: 1px solid var(--line); border-radius: 0.6rem;
   padding: 1rem 1.1rem;

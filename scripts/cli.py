@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar, cast
 
-from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
+from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
 
 T = TypeVar("T")
 EXIT_USAGE = 2
+ROOT = Path(__file__).resolve().parents[1]
+OURS = {
+    "classification", "contrastive", "data_pipelines", "encoders", "eval", "scripts", "training",
+}  # fmt: skip
 
 
 def fail(message: str, code: int = EXIT_USAGE) -> NoReturn:
@@ -34,6 +40,7 @@ def parse_config(run_config: Callable[..., T], argv: Sequence[str] | None, descr
     _check_config_files(argv)
     try:
         parsed = parser.parse_args(argv)
+        _check_groups(run_config(), parsed)
         values = parser.instantiate(parsed)
     except (ArgumentError, TypeError, ValueError) as error:
         fail(_explain(str(error), _known_keys(parser)))
@@ -45,7 +52,15 @@ def save_config(run_config: Any, path: Path, description: str = "") -> None:
     import yaml
 
     header = f"# {description}\n" if description else ""
-    path.write_text(header + yaml.safe_dump(_plain(asdict(run_config)), sort_keys=False))
+    partial = path.with_name(path.name + ".partial")
+    text = header + yaml.safe_dump(plain_settings(run_config), sort_keys=False)
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)  # a kill in between leaves the file that was there
+
+
+def plain_settings(run_config: Any) -> dict[str, Any]:
+    """A run configuration as nested dicts and lists of plain values."""
+    return _plain(asdict(run_config))
 
 
 def _plain(value: Any) -> Any:
@@ -78,6 +93,21 @@ def _check_config_files(argv: list[str]) -> None:
             fail(f"--config {name}: there is no such file{hint}")
 
 
+def _check_groups(defaults: Any, values: Namespace, prefix: str = "") -> None:
+    """Raise ValueError where a file has a single value in the place of a group of settings."""
+    for item in fields(defaults):
+        default, value = getattr(defaults, item.name), values[item.name]
+        if is_dataclass(default):
+            name = f"{prefix}{item.name}"
+            if not isinstance(value, Namespace):
+                raise ValueError(_group_message(name, value))
+            _check_groups(default, value, f"{name}.")
+
+
+def _group_message(name: str, value: object) -> str:
+    return f"{name}: expected settings, got {'null' if value is None else value}"
+
+
 def _known_keys(parser: ArgumentParser) -> list[str]:
     keys = [action.dest for action in parser._actions]
     return [key for key in keys if key not in ("help", "config", "print_config")]
@@ -89,6 +119,10 @@ def _explain(message: str, known: list[str]) -> str:
     nested = re.search(r"Group '([\w.]+)' does not accept option '([\w.]+)'", line)
     item = re.search(r"Parser key \"([\w.]+)\".*Option '(\w+)' is not accepted", line)
     plain = re.search(r"[Uu]nrecognized arguments: --([\w.]+)|^Option '([\w.]+)' is not acc", line)
+    group = re.search(r"\"([\w.]+)\": Unable to load config '(.*?)'", line)
+    entry = re.search(r"\"([\w.]+)\": Not a valid subclass .* Got value: (.*?) Subclass ty", line)
+    if group is not None or entry is not None:
+        return _group_message(*(group or cast(re.Match[str], entry)).groups())
     if nested is not None:
         return _suggest(".".join(nested.groups()), known)
     if item is not None:  # an entry of a list: only the last part of a name can be compared
@@ -111,14 +145,34 @@ def _suggest(key: str, known: list[str]) -> str:
 
 
 def run(main: Callable[[], object]) -> None:
-    """Call `main`; errors that a user can mend become one line and exit code 2."""
-    from training.loop import NonFiniteError
+    """Call `main`; errors that we raise for the user become one line and exit code 2.
 
+    Errors of the libraries keep their traceback, for a user cannot tell what they are about.
+    """
     try:
         main()
-    except (ValueError, FileNotFoundError, PermissionError, NonFiniteError) as error:
+    except Exception as error:
+        if not _is_for_the_user(error):
+            raise
         fail(" ".join(str(error).split()), EXIT_USAGE if isinstance(error, ValueError) else 1)
     except KeyboardInterrupt:
         with suppress(BrokenPipeError):
             print("interrupted", file=sys.stderr)
         raise SystemExit(130) from None
+
+
+def _is_for_the_user(error: Exception) -> bool:
+    """Whether we have defined the error, or raised one of a kind that users can mend."""
+    if type(error).__module__.partition(".")[0] in OURS:
+        return True
+    if not isinstance(error, ValueError | FileNotFoundError | PermissionError):
+        return False
+    # A path that cannot be opened is named in the message, whatever opened it for us.
+    passed_over = ("os", "pathlib", "shutil") if isinstance(error, OSError) else ()
+    files = [
+        frame.f_code.co_filename
+        for frame, _ in traceback.walk_tb(error.__traceback__)
+        if str(frame.f_globals.get("__name__")).partition(".")[0] not in passed_over
+    ]
+    innermost = Path(files[-1]).resolve()
+    return innermost.is_relative_to(ROOT) and innermost.relative_to(ROOT).parts[0] in OURS

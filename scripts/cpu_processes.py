@@ -1,9 +1,10 @@
 """Several CPU processes from one `accelerate launch`.
 
-`accelerate launch --cpu --num_processes N` without MPI starts a single process and says nothing
-(accelerate 1.15, `commands/launch.py`: the simple launcher). It leaves a trace, though: it sets
-MASTER_ADDR only when more than one process was asked for, and no RANK. From that this module
-starts the N processes through torchrun, in place of the lonely one.
+`accelerate launch --num_processes N` with `--cpu`, or on a machine without an accelerator, starts
+a single process unless there is MPI, and says nothing (accelerate 1.15, `commands/launch.py`: the
+simple launcher). It leaves a trace, though: it sets MASTER_ADDR only when more than one process
+was asked for, and no RANK. From that this module starts the N processes through torchrun, in place
+of the lonely one.
 """
 
 from __future__ import annotations
@@ -20,11 +21,18 @@ def only_one_was_started(environment: Mapping[str, str]) -> bool:
     """Whether the launcher was asked for several CPU processes and started this one alone."""
     ranks = ("RANK", "LOCAL_RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
     return (
-        environment.get("ACCELERATE_USE_CPU", "").lower() == "true"
+        "ACCELERATE_USE_CPU" in environment
         and "MASTER_ADDR" in environment
         and "ACCELERATE_MIXED_PRECISION" in environment
         and not any(name in environment for name in ranks)
+        and (environment["ACCELERATE_USE_CPU"].lower() == "true" or not _has_accelerator())
     )
+
+
+def _has_accelerator() -> bool:
+    import torch  # slow to import, so only where the answer decides
+
+    return torch.accelerator.is_available()
 
 
 def torchrun_command(
@@ -67,4 +75,5 @@ def start_cpu_processes(module: str, arguments: list[str]) -> None:
     parent = psutil.Process().parent()
     command = torchrun_command(parent.cmdline() if parent else [], module, arguments, os.environ)
     print(f"starting {command[4]} CPU processes with torchrun", file=sys.stderr, flush=True)
+    os.environ["ACCELERATE_USE_CPU"] = "true"
     os.execv(command[0], command)

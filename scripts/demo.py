@@ -19,6 +19,8 @@ from pathlib import Path
 
 from scripts.cli import parse_config, run
 
+DATA = Path("data/emoji")  # where the presets read from
+
 
 @dataclass
 class DemoRun:
@@ -26,8 +28,6 @@ class DemoRun:
 
     run_dir: str = "runs/demo"
     """Folder for the two runs, the figures and report.html."""
-    data_dir: str = "data/emoji"
-    """Folder for the unpacked shards; the presets read from there."""
     pretrain: str | None = "configs/demo_pretrain.yaml"
     """Preset of the classification stage; null trains contrastively from scratch."""
     contrastive: str = "configs/demo_contrastive.yaml"
@@ -44,7 +44,7 @@ def demo(config: DemoRun) -> None:
 
     start = time.monotonic()
     folder = Path(config.run_dir)
-    prepare(Path(config.data_dir))
+    prepare(DATA)
     contrastive = ["--config", config.contrastive, "--run_dir", str(folder / "contrastive")]
     seconds: dict[str, float] = {}
     if config.pretrain is not None:
@@ -62,7 +62,7 @@ def demo(config: DemoRun) -> None:
     )  # fmt: skip
     from scripts.demo_report import build_report
 
-    report = build_report(folder, Path(config.data_dir), seconds)
+    report = build_report(folder, DATA, seconds)
     total = (time.monotonic() - start) / 60
     print(f"\nreport: {report}   ({total:.1f} minutes)")
 

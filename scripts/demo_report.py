@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torchvision.transforms.v2.functional import resize
 
 from data_pipelines.evaluation import EvaluationSet
 from encoders.routing_report import choose_slots, collect_routing, draw_slot_maps
@@ -264,13 +265,15 @@ def slot_picture(
     opened: OpenedModel, pictures: PictureSet, rows: int = 5, columns: int = 6
 ) -> Picture:
     """What some slots of the last Soft MoE layer look at, over test pictures."""
+    size = [opened.image_size, opened.image_size]
     images = pictures.images[_spread(rows, len(pictures.images))]
+    inputs = resize(images, size, antialias=True)
     trunk = opened.model.visual.trunk
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (opened.mean, opened.std))
-    many = pictures.images[_spread(64, len(pictures.images))]
+    many = resize(pictures.images[_spread(64, len(pictures.images))], size, antialias=True)
     layer, routing = list(collect_routing(trunk, (many / 255 - mean) / std).items())[-1]
     chosen = choose_slots(routing.dispatch, min(columns, routing.dispatch.shape[2]))
-    shown = collect_routing(trunk, (images / 255 - mean) / std)[layer]
+    shown = collect_routing(trunk, (inputs / 255 - mean) / std)[layer]
     figure = draw_slot_maps(images, shown.dispatch, chosen)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)

@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
-from tqdm import tqdm
+from accelerate.utils import DistributedType, set_seed
 
 from data_pipelines.shards import describe_skips
 from data_pipelines.stream import Stream
-from scripts.cli import save_config
+from scripts.cli import plain_settings, save_config
 from training.checkpoint import CheckpointError, newest_checkpoint, verify_checkpoint
 from training.loop import Trainer
-from training.machine import available_cores, plan_cores
+from training.machine import available_cores, local_processes, plan_cores
 from training.objective import Evaluator, Objective
-from training.run_directory import check_run_directory, write_environment
+from training.run_directory import SETTINGS, check_run_directory, write_environment
+from training.run_log import run_log, say
+
+SUPPORTED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 
 
 class Launch:
@@ -32,7 +35,16 @@ class Launch:
         if precision == "fp16" and not torch.cuda.is_available():
             raise ValueError("train.precision fp16 needs a GPU: choose fp32 or bf16")
         self.accelerator = Accelerator(mixed_precision=precision)
-        check_run_directory(self.run_dir, config.resume)
+        kind = self.accelerator.distributed_type
+        if kind not in SUPPORTED:
+            raise ValueError(
+                f"accelerate was configured for {kind.value}; only plain data parallelism is"
+                " supported (no FSDP or DeepSpeed): run `accelerate config` again, or launch with"
+                " --multi_gpu"
+            )
+        # The loop divides by its own accumulation; a setting of accelerate's must not do it again.
+        self.accelerator.gradient_accumulation_steps = 1
+        self.changes = check_run_directory(self.run_dir, config.resume, plain_settings(config))
         self.resume = self._find_checkpoint()
         self.accelerator.wait_for_everyone()
 
@@ -48,6 +60,8 @@ class Launch:
             warnings.warn(f"passed over: {message}", stacklevel=2)
         if newest is None and messages:
             raise CheckpointError(f"no checkpoint of '{self.run_dir}' is complete")
+        if newest is None and self.accelerator.is_main_process:
+            print("no checkpoint yet, starting at step 0")
         return newest
 
     def stream_options(self, workers: int | None) -> dict[str, Any]:
@@ -55,7 +69,7 @@ class Launch:
         accelerator, config = self.accelerator, self.config
         plan = plan_cores(
             available_cores(),
-            accelerator.num_processes,
+            local_processes(accelerator.num_processes),
             device_is_cpu=accelerator.device.type == "cpu",
             threads=config.train.threads,
             workers=workers,
@@ -74,7 +88,10 @@ class Launch:
         set_seed(self.config.seed)
 
     def fit(self, objective: Objective, stream: Stream, evaluators: Sequence[Evaluator]) -> None:
-        """Prepare the run directory, train, and report what was skipped."""
+        """Prepare the run directory, train, and report what was skipped.
+
+        Nothing is written before the trainer has accepted its settings, nor by a finished run.
+        """
         config, main = self.config, self.accelerator.is_main_process
         set_seed(config.seed, device_specific=True)  # dropout and mixup differ between processes
         trainer = Trainer(
@@ -88,24 +105,46 @@ class Launch:
             self.run_dir,
             self.resume,
         )
-        if main:  # only now, so that settings that are refused leave no folder behind
-            self.run_dir.mkdir(parents=True, exist_ok=True)
-            if self.resume is None or not (self.run_dir / "config.yaml").exists():
-                save_config(config, self.run_dir / "config.yaml")
-            write_environment(self.run_dir / "env.json")
-            for path in stream.index.truncated:
-                tqdm.write(f"warning: '{path}' ends early; its complete samples are used")
-        self.accelerator.wait_for_everyone()
-        figures = trainer.fit()
-        skipped = trainer.total_skipped()
-        if main:
-            if figures:
-                tqdm.write("  ".join(f"{name} {_short(value)}" for name, value in figures.items()))
-            if skipped:
-                tqdm.write(describe_skips(skipped))
-            tqdm.write(f"done: {trainer.last_checkpoint}")
+        if trainer.step < config.train.steps:
+            if main:  # only now, so that settings that are refused leave no folder behind
+                self._prepare_folder()
+            self.accelerator.wait_for_everyone()
+            with run_log(self.run_dir / "train.log") if main else nullcontext():
+                self._train(trainer, stream)
+        elif main:
+            steps = config.train.steps
+            print(f"already at step {trainer.step} of {steps}: nothing left to train")
         if self.accelerator.num_processes > 1:
             self.accelerator.end_training()
+
+    def _prepare_folder(self) -> None:
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        if set(self.changes) - {"resume", "run_dir"} or not (self.run_dir / SETTINGS).exists():
+            save_config(self.config, self.run_dir / SETTINGS)
+        write_environment(self.run_dir / "env.json")
+
+    def _train(self, trainer: Trainer, stream: Stream) -> None:
+        """Run the loop and say on the main process what came of it."""
+        main = self.accelerator.is_main_process
+        if main and "train.steps" in self.changes:
+            say(self.changes["train.steps"])
+        cut = [
+            f"warning: '{path}' ends early; its complete samples are used"
+            for path in (stream.index.truncated if main else ())
+        ]
+        for line in cut:
+            say(line)
+        figures = trainer.fit()
+        skipped = trainer.total_skipped()
+        if not main:
+            return
+        if figures:
+            say("  ".join(f"{name} {_short(value)}" for name, value in figures.items()))
+        if skipped:
+            say(describe_skips(skipped))
+        for line in cut:
+            say(line)
+        say(f"done: {trainer.last_checkpoint}")
 
 
 def _short(value: float | None) -> str:

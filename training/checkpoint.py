@@ -26,6 +26,7 @@ MANIFEST = "manifest.json"
 STATE = "state.json"
 OPTIMIZER = "optimizer.safetensors"
 FORMAT = 1
+REPLACED = ".replaced"
 
 
 class CheckpointError(ValueError):
@@ -104,6 +105,7 @@ class CheckpointWriter:
     """Writes one checkpoint: `begin` on the main process, `add_*` anywhere, `publish` on main."""
 
     def __init__(self, folder: Path, step: int) -> None:
+        self.folder = folder
         self.final = folder / checkpoint_name(step)
         self.partial = folder / f".{checkpoint_name(step)}.partial"
 
@@ -130,10 +132,13 @@ class CheckpointWriter:
         self.add_json(MANIFEST, {"format": FORMAT, "step": step, "files": entries})
         _flush(self.partial / MANIFEST)
         _flush(self.partial)
+        replaced = self.folder / f".{self.final.name}{REPLACED}"
         if self.final.exists():
-            shutil.rmtree(self.final)
+            shutil.rmtree(replaced, ignore_errors=True)
+            os.replace(self.final, replaced)  # listed in its place until the next line is done
         os.replace(self.partial, self.final)
-        _flush(self.final.parent)
+        _flush(self.folder)
+        shutil.rmtree(replaced, ignore_errors=True)
         return self.final
 
 
@@ -171,8 +176,19 @@ def verify_checkpoint(folder: Path) -> None:
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """Published checkpoints of a run, oldest first (not verified)."""
-    return sorted(path for path in folder.glob("step_*") if path.is_dir())
+    """Published checkpoints of a run, oldest first (not verified).
+
+    One that a killed process had moved aside to publish its step again counts while the step has
+    no other.
+    """
+    found = {path.name: path for path in folder.glob("step_*") if path.is_dir()}
+    for path in folder.glob(f".step_*{REPLACED}"):
+        found.setdefault(_published_name(path), path)
+    return [found[name] for name in sorted(found)]
+
+
+def _published_name(path: Path) -> str:
+    return path.name.removeprefix(".").removesuffix(REPLACED)
 
 
 def newest_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
@@ -196,9 +212,8 @@ def prune_checkpoints(folder: Path, newest: Path, keep: int) -> None:
     are removed too, as is what killed processes have not finished writing.
     """
     checkpoints = list_checkpoints(folder)
-    kept = [path for path in checkpoints if path.name <= newest.name][-max(1, keep) :]
-    unfinished = folder.glob(".step_*.partial")
-    for path in {*checkpoints, *unfinished} - set(kept):
+    kept = [path for path in checkpoints if _published_name(path) <= newest.name][-max(1, keep) :]
+    for path in {*checkpoints, *folder.glob(".step_*")} - set(kept):
         shutil.rmtree(path, ignore_errors=True)
 
 

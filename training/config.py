@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 
@@ -18,6 +18,10 @@ class OptimizerConfig:
     beta1: float = 0.9
     beta2: float = 0.98
     eps: float = 1e-8
+    lr_factors: dict[str, float] = field(default_factory=dict)
+    """Factors on the learning rate by regular expression; the first that matches the whole name of
+    a parameter counts, and every expression must match one. `{"head.*": 10}` suits a short run:
+    the reference's zero-initialised head otherwise holds the rest back."""
     clip_norm: float = 1.0
     """Largest global gradient norm; 0 turns clipping off."""
 

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from training.checkpoint import (
     OPTIMIZER,
@@ -33,15 +32,13 @@ from training.checkpoint import (
     restore_random_state,
 )
 from training.config import OptimizerConfig, ScheduleConfig, TrainConfig
-from training.objective import Batch, Evaluator, Objective, TrainingStream
+from training.finite import FiniteGuard
+from training.objective import Batch, Evaluator, Objective, TrainingStream, split_batch
 from training.optim import build_optimizer
 from training.progress import Progress
 from training.run_directory import MetricsWriter, check_tensorboard
+from training.run_log import LOGGER, say
 from training.schedules import check_schedule, learning_rate_factor
-
-
-class NonFiniteError(RuntimeError):
-    """The loss or the gradient is NaN or infinite; the weights were not updated with it."""
 
 
 class Trainer:
@@ -82,6 +79,7 @@ class Trainer:
         self.skipped: Counter[str] = Counter()
         self.last_checkpoint: Path | None = resume
         self._resumed_random: dict[str, Tensor] | None = None
+        self.guard = FiniteGuard(accelerator.device, train.precision)
         if resume is not None:
             self._load(resume)
         self.wrapped: nn.Module
@@ -101,6 +99,9 @@ class Trainer:
         if train.tensorboard:
             check_tensorboard()
         check_schedule(train.steps, self.schedule)
+        sets = [evaluator.name for evaluator in self.evaluators]
+        if len(set(sets)) < len(sets):
+            raise ValueError(f"evaluation: give each set a name of its own, got {', '.join(sets)}")
         if train.accumulation > 1 and not self.objective.splits_batches:
             raise ValueError(
                 "train.accumulation must be 1 for this objective: the loss of a contrastive batch"
@@ -113,7 +114,11 @@ class Trainer:
             )
 
     def fit(self) -> dict[str, float | None]:
-        """Train to the last step, then evaluate and save; returns the last evaluation."""
+        """Train to the last step, then evaluate and save; returns the last evaluation.
+
+        Raises:
+            NonFiniteError: the loss or the gradient was not finite; see `FiniteGuard` for when.
+        """
         train = self.train
         self._announce()
         if self.accelerator.is_main_process:
@@ -135,12 +140,11 @@ class Trainer:
                 last = self.step == train.steps
                 if self.step == 1 or self.step % train.log_every == 0 or last:
                     self._log(loss, norm, metrics, progress)
-                if last or (train.eval_every and self.step % train.eval_every == 0):
+                evaluates = last or _is_due(self.step, train.eval_every)
+                saves = last or _is_due(self.step, train.save_every)
+                if evaluates or saves:
                     with progress.paused():
-                        figures = self.evaluate()
-                if last or (train.save_every and self.step % train.save_every == 0):
-                    with progress.paused():
-                        self.save()
+                        figures = self._evaluate_and_save(evaluates, saves) or figures
         finally:
             progress.close()
             if self.writer is not None:
@@ -153,7 +157,7 @@ class Trainer:
             return
         total = sum(p.numel() for p in self.objective.parameters())
         trained = sum(p.numel() for p in self.objective.parameters() if p.requires_grad)
-        tqdm.write(
+        say(
             f"{train.steps} steps of {train.batch_size} samples"
             f" = {train.steps * train.batch_size / samples:.1f} epochs of {samples};"
             f" {trained / 1e6:.1f} M of {total / 1e6:.1f} M parameters trained;"
@@ -175,8 +179,8 @@ class Trainer:
         """One optimizer step; returns detached loss, gradient norm and metrics, on the device."""
         rate = self.optim.lr * learning_rate_factor(self.step, self.train.steps, self.schedule)
         for group in self.updater.param_groups:
-            group["lr"] = rate
-        parts = _split(batch, self.train.accumulation)
+            group["lr"] = rate * group["lr_factor"]
+        parts = split_batch(batch, self.train.accumulation)
         results = []
         for number, part in enumerate(parts, start=1):
             last = number == len(parts)
@@ -189,8 +193,9 @@ class Trainer:
             name: torch.stack([metrics[name] for _, metrics in results]).mean()
             for name in results[0][1]
         }
-        self._guard(loss, norm)
+        self.guard.check(loss, norm, self.step + 1)
         self.updater.step()
+        self.guard.count(self.updater.step_was_skipped, self.step + 1)
         self.updater.zero_grad()
         self.objective.after_step()
         return loss, norm, metrics
@@ -200,22 +205,15 @@ class Trainer:
         self.accelerator.backward(loss / parts)
         return loss.detach(), metrics
 
-    def _guard(self, loss: Tensor, norm: Tensor) -> None:
-        if self.train.precision == "fp16":
-            return  # the gradient scaler skips steps that overflow
-        finite = torch.isfinite(loss.float()) & torch.isfinite(norm)
-        if self.accelerator.device.type == "cpu":
-            if not bool(finite):
-                raise NonFiniteError(
-                    f"loss {float(loss)}, gradient norm {float(norm)} at step {self.step + 1}: the"
-                    " weights were left as they were; lower optimizer.lr or lengthen the warm-up"
-                )
-        else:  # no host synchronisation in the step: the device stops by itself
-            torch._assert_async(finite)
-
     def _log(
         self, loss: Tensor, norm: Tensor, metrics: dict[str, Tensor], progress: Progress
     ) -> None:
+        """Write a row of metrics: means over all processes, but counts of this process only.
+
+        `skipped` are its unusable samples so far, `skipped_updates` the updates that the gradient
+        scaler has skipped; both are left out while they are zero.
+        """
+        self.guard.verify(self.step)
         names = sorted(metrics)
         stacked = torch.stack([loss.float(), *(metrics[name].float() for name in names)])
         stacked = self.accelerator.reduce(stacked, reduction="mean")
@@ -223,6 +221,7 @@ class Trainer:
             return
         values = dict(zip(["loss", *names], stacked.tolist(), strict=True))
         speed = progress.speed()
+        counts = {"skipped": self.skipped.total(), "skipped_updates": self.guard.skipped}
         self.writer.write(
             "metrics",
             self.step,
@@ -232,6 +231,7 @@ class Trainer:
                 "grad_norm": float(norm),
                 "lr": self.updater.param_groups[0]["lr"],
                 **speed,
+                **{name: count for name, count in counts.items() if count},
             },
         )
         progress.show(values["loss"], speed)
@@ -251,6 +251,7 @@ class Trainer:
         if self.writer is not None and figures:
             samples = self.step * self.train.batch_size
             self.writer.write("eval", self.step, {"samples": samples, **figures})
+            LOGGER.info("evaluation at step %d: %s", self.step, figures)
         return figures
 
     def state(self) -> dict[str, Any]:
@@ -262,6 +263,7 @@ class Trainer:
             "stream": self.stream.identity(),
             "skipped": dict(self.total_skipped()),
             "processes": self.accelerator.num_processes,
+            "skipped_updates": self.guard.skipped,
             "gradient_scaler": scaler.state_dict() if scaler is not None else None,
         }
 
@@ -274,9 +276,36 @@ class Trainer:
         return sum((Counter(part) for part in gathered), Counter())
 
     def save(self) -> None:
-        """Publish a checkpoint of this step and remove the ones that are no longer kept."""
-        accelerator, folder = self.accelerator, self.run_dir / "checkpoints"
-        writer = CheckpointWriter(folder, self.step)
+        """Publish a checkpoint of this step and remove the ones that are no longer kept.
+
+        Raises:
+            NonFiniteError: the weights have been updated with values that are not finite.
+        """
+        self._evaluate_and_save(evaluates=False, saves=True)
+
+    def _evaluate_and_save(self, evaluates: bool, saves: bool) -> dict[str, float | None]:
+        """Do what is due after a step; returns the figures.
+
+        The checkpoint is written before the evaluation and gets its name after it. So an
+        evaluation that fails does not lose the step, not even where only one process fails and
+        nothing can be gathered any more; and one that is killed is repeated.
+        """
+        writer = self._write_checkpoint() if saves else None
+        try:
+            figures = self.evaluate() if evaluates else {}
+        finally:
+            if writer is not None and self.accelerator.is_main_process:
+                self.last_checkpoint = writer.publish(self.step)
+                prune_checkpoints(writer.folder, self.last_checkpoint, self.train.keep_last)
+        if saves:
+            self.accelerator.wait_for_everyone()
+        return figures
+
+    def _write_checkpoint(self) -> CheckpointWriter:
+        """Write everything but the name of this step's checkpoint, on all processes."""
+        accelerator = self.accelerator
+        self.guard.verify(self.step)
+        writer = CheckpointWriter(self.run_dir / "checkpoints", self.step)
         state = self.state()
         if accelerator.is_main_process:
             writer.begin()
@@ -288,10 +317,7 @@ class Trainer:
         accelerator.wait_for_everyone()
         writer.add_tensors(f"rng/rank_{accelerator.process_index}.safetensors", random_state())
         accelerator.wait_for_everyone()
-        if accelerator.is_main_process:
-            self.last_checkpoint = writer.publish(self.step)
-            prune_checkpoints(folder, self.last_checkpoint, self.train.keep_last)
-        accelerator.wait_for_everyone()
+        return writer
 
     def _load(self, folder: Path) -> None:
         state = read_state(folder)
@@ -311,16 +337,10 @@ class Trainer:
         if self.accelerator.scaler is not None and state["gradient_scaler"] is not None:
             self.accelerator.scaler.load_state_dict(state["gradient_scaler"])
         self.step = state["step"]
+        self.guard.skipped, self.guard.verified = state.get("skipped_updates", 0), self.step
         if self.accelerator.is_main_process:
             self.skipped = Counter(state["skipped"])
 
 
-def _split(batch: Batch, parts: int) -> list[Batch]:
-    """Divide the batch axis of every field into `parts` equal pieces."""
-    if parts == 1:
-        return [batch]
-    size = len(next(value for value in batch.values() if isinstance(value, Tensor))) // parts
-    return [
-        {name: value[part * size : (part + 1) * size] for name, value in batch.items()}
-        for part in range(parts)
-    ]
+def _is_due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0

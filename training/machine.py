@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from typing import NamedTuple
 
 
@@ -21,7 +22,7 @@ def plan_cores(
     threads: int | None = None,
     workers: int | None = None,
 ) -> CorePlan:
-    """Divide `cores` among `processes` training processes and their loaders.
+    """Divide the `cores` of a machine among its `processes` training processes and their loaders.
 
     On CPU the model needs every core: torch's threads spin while they wait for one another, so a
     loader that shares their cores slows each parallel region down many times over. Few cores
@@ -41,6 +42,14 @@ def plan_cores(
     if threads is None:
         threads = max(1, share - workers) if device_is_cpu else 1
     return CorePlan(threads, workers)
+
+
+def local_processes(world: int, environment: Mapping[str, str] = os.environ) -> int:
+    """How many of the `world` training processes share this machine.
+
+    Launchers tell by LOCAL_WORLD_SIZE, which accelerate also sets for MPI; without it all do.
+    """
+    return int(environment.get("LOCAL_WORLD_SIZE") or world)
 
 
 def available_cores() -> int:

@@ -10,6 +10,17 @@ Batch = dict[str, Any]
 Metrics = dict[str, Tensor]
 
 
+def split_batch(batch: Batch, parts: int) -> list[Batch]:
+    """Divide the batch axis of every field into `parts` equal pieces."""
+    if parts == 1:
+        return [batch]
+    size = len(next(value for value in batch.values() if isinstance(value, Tensor))) // parts
+    return [
+        {name: value[part * size : (part + 1) * size] for name, value in batch.items()}
+        for part in range(parts)
+    ]
+
+
 class Objective(nn.Module):
     """A model with its loss; the loop wraps, trains and saves it without knowing the task.
 

@@ -14,26 +14,95 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+SETTINGS = "config.yaml"
+PARTIAL_SETTINGS = SETTINGS + ".partial"
+# What a run may change when it is continued: nothing of it touches what is learnt, but for the
+# number of steps, which is worth a line.
+FREE_SETTINGS = {
+    "resume", "run_dir", "evaluation", "data.workers",
+    "train.steps", "train.log_every", "train.eval_every", "train.save_every", "train.keep_last",
+    "train.threads", "train.tensorboard",
+}  # fmt: skip
+
 
 class RunDirectoryError(ValueError):
     """A run directory that must not be used; the message says what to do."""
 
 
-def check_run_directory(folder: Path, resume: str | None) -> None:
-    """Refuse to mix a new run into an old one.
+def check_run_directory(
+    folder: Path, resume: str | None, settings: Mapping[str, Any]
+) -> dict[str, str]:
+    """Refuse to mix a new run into an old one, or to continue one with other settings.
+
+    Args:
+        folder: the run directory, which need not exist.
+        resume: None, `auto` or a checkpoint.
+        settings: the resolved configuration as nested plain values.
+
+    Returns:
+        For every setting that may change and has, a text such as `train.steps was 2, is 3`.
 
     Raises:
         RunDirectoryError: the folder holds something, and `resume` is neither `auto` nor a
-            checkpoint in it.
+            checkpoint in it; or it holds no run, or one whose settings differ.
     """
     own = resume == "auto" or (
         resume is not None and folder.resolve() in Path(resume).resolve().parents
     )
-    if not own and folder.is_dir() and any(folder.iterdir()):
+    # A kill while the settings are written leaves no more than their partial file.
+    if not folder.is_dir() or all(path.name == PARTIAL_SETTINGS for path in folder.iterdir()):
+        return {}
+    if not own:
         raise RunDirectoryError(
             f"run directory '{folder}' is not empty: continue that run with --resume auto,"
             " or choose another --run_dir"
         )
+    changed = _differences(_read_settings(folder), settings)
+    refused = [text for name, text in changed.items() if name not in FREE_SETTINGS]
+    if refused:
+        more = f", and {len(refused) - 4} more" if len(refused) > 4 else ""
+        raise RunDirectoryError(
+            f"run directory '{folder}' holds a run with other settings:"
+            f" {'; '.join(refused[:4])}{more}: continue it with its own, or choose another"
+            " --run_dir"
+        )
+    return changed
+
+
+def _read_settings(folder: Path) -> dict[str, Any]:
+    import yaml
+
+    try:
+        content = yaml.safe_load((folder / SETTINGS).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        content = None
+    if not isinstance(content, dict):
+        raise RunDirectoryError(
+            f"'{folder}' is not empty and holds no run, it has no readable {SETTINGS}: choose"
+            " another --run_dir"
+        )
+    return content
+
+
+def _differences(saved: Mapping[str, Any], present: Mapping[str, Any]) -> dict[str, str]:
+    old, new = _flat(saved), _flat(present)
+    # As JSON, so that text is told from numbers and a list from a tuple is not.
+    return {
+        name: f"{name} was {old.get(name, 'not set')}, is {new.get(name, 'not set')}"
+        for name in {**new, **old}
+        if old.get(name) != new.get(name)
+    }
+
+
+def _flat(settings: Mapping[Any, Any], prefix: str = "") -> dict[str, str]:
+    """Values as JSON by dotted name."""
+    found: dict[str, str] = {}
+    for key, value in settings.items():
+        if isinstance(value, Mapping) and value:
+            found |= _flat(value, f"{prefix}{key}.")
+        else:
+            found[f"{prefix}{key}"] = json.dumps(value, default=str)
+    return found
 
 
 def check_tensorboard() -> None:

@@ -41,19 +41,16 @@ def batch(seed: int = 0, size: int = 6) -> dict[str, Tensor]:
 
 
 def make_objective(
-    loss: Literal["clip", "siglip"] = "clip",
-    frozen_image: bool = False,
-    frozen_text: bool = False,
-    **contrastive: Any,
+    loss: Literal["clip", "siglip"] = "clip", frozen: tuple[str, ...] = (), **contrastive: Any
 ) -> ContrastiveObjective:
     torch.manual_seed(0)
-    image = ImageTowerConfig(TEST, frozen=frozen_image, drop_path=0.3, patch_dropout=0.3)
-    text = TextTowerConfig(width=16, heads=2, layers=1, context_length=8, frozen=frozen_text)
+    image = ImageTowerConfig(TEST, drop_path=0.3, patch_dropout=0.3)
+    text = TextTowerConfig(width=16, heads=2, layers=1, context_length=8)
     config = ContrastiveConfig(embed_dim=8, loss=loss, **contrastive)
     description = model_config(image, text, config)
     model = build_dual_encoder(description)
-    frozen = frozen_parts(model, image, text)
-    return ContrastiveObjective(model, description, config, HALF, HALF, frozen)
+    parts = tuple(model.get_submodule(name) for name in frozen)
+    return ContrastiveObjective(model, description, config, HALF, HALF, parts)
 
 
 class Batches:
@@ -83,7 +80,7 @@ def fit(objective: ContrastiveObjective, run_dir: Path, lr: float = 0.01) -> Non
 
 @pytest.mark.parametrize("tower", ["visual.trunk", "text"])
 def test_a_frozen_tower_stays_as_it_is(tmp_path: Path, tower: str) -> None:
-    objective = make_objective("siglip", tower == "visual.trunk", tower == "text")
+    objective = make_objective("siglip", (tower,))
     frozen = objective.model.get_submodule(tower)
     before = {name: value.clone() for name, value in objective.model.state_dict().items()}
     objective.train()
@@ -98,6 +95,28 @@ def test_a_frozen_tower_stays_as_it_is(tmp_path: Path, tower: str) -> None:
         changed = not torch.equal(value, before[name])
         assert changed != name.startswith(f"{tower}."), name
     assert "visual.head.proj.weight" in before  # the projection on a frozen trunk is trained
+
+
+def test_settings_freeze_what_was_pretrained() -> None:
+    model = make_objective().model
+    image = ImageTowerConfig(TEST, init_from="runs/pretrain", frozen=True)
+    text = TextTowerConfig(kind="hugging_face", frozen=True)
+    assert frozen_parts(model, image, text) == (model.visual.trunk, model.text.transformer)
+    assert frozen_parts(model, ImageTowerConfig(TEST), TextTowerConfig()) == ()
+
+
+@pytest.mark.parametrize(
+    ("image", "text", "message"),
+    [
+        (ImageTowerConfig(TEST, frozen=True), TextTowerConfig(), "set image.init_from"),
+        (ImageTowerConfig(TEST), TextTowerConfig(frozen=True), "set text.kind to hugging_face"),
+    ],
+)
+def test_frozen_noise_is_refused(
+    image: ImageTowerConfig, text: TextTowerConfig, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        model_config(image, text, ContrastiveConfig())
 
 
 def test_initial_scale_and_bias() -> None:
@@ -207,6 +226,21 @@ def test_a_classifier_gives_its_trunk(
     trunk = model.visual.trunk.state_dict()
     assert set(trunk) == {name for name in weights if not name.startswith("head.")}
     assert all(torch.equal(value, weights[name]) for name, value in trunk.items())
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "test_convnext", "levit_128s"])
+def test_any_timm_classifier_gives_its_trunk(tmp_path: Path, name: str) -> None:
+    # Classifiers fc; head.fc, beside a norm that stays; head.linear and head_dist.linear, beside
+    # norms that go.
+    image = ImageTowerConfig(name)
+    text = TextTowerConfig(width=16, heads=2, layers=1, context_length=8)
+    model = build_dual_encoder(model_config(image, text, ContrastiveConfig(embed_dim=8)))
+    weights = timm.create_model(name, num_classes=3).state_dict()
+    save_file(weights, tmp_path / "model.safetensors")
+    load_image_trunk(model, str(tmp_path))
+    trunk = model.visual.trunk.state_dict()
+    assert 0 < len(trunk) < len(weights)
+    assert all(torch.equal(value, weights[key]) for key, value in trunk.items())
 
 
 def test_a_classifier_of_another_architecture_is_explained(

@@ -328,5 +328,5 @@ def test_settings_out_of_range_are_refused(settings: dict[str, object]) -> None:
 
 
 def test_unknown_resize_mode() -> None:
-    with pytest.raises(ValueError, match="'pad' is unknown: choose squash or shortest"):
+    with pytest.raises(ValueError, match="'pad' is not supported: choose squash or shortest"):
         eval_transform(16, "pad")

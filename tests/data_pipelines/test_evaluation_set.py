@@ -82,7 +82,7 @@ def test_training_randomness_is_left_alone(open_set: Callable[..., EvaluationSet
 def test_unusable_samples_are_left_out_and_counted(make_shard: MakeShard, picture: Picture) -> None:
     samples = [
         ("a", {"png": b"junk", "cls": b"0"}),
-        ("b", {"png": picture(0), "cls": b"2"}),
+        ("b", {"png": picture(0), "cls": b"cat"}),
         ("c", {"png": picture(1), "cls": b"1"}),
         ("d", {"png": picture(2)}),
         ("e", {"cls": b"1"}),
@@ -92,10 +92,32 @@ def test_unusable_samples_are_left_out_and_counted(make_shard: MakeShard, pictur
     shards = str(make_shard("x.tar", samples))
     dataset = EvaluationSet(shards, 8, image_keys=["png"], label_key="cls", num_classes=2)
     first, second, third, fourth = dataset.batches(2)
-    assert first == {"skipped": Counter({"broken image": 1, "label outside 0..1": 1})}
+    assert first == {"skipped": Counter({"broken image": 1, "label is no integer": 1})}
     assert (second["key"], second["skipped"]) == (["c"], Counter({"no cls member": 1}))
     assert (third["key"], third["skipped"]) == (["f"], Counter({"no image member": 1}))
     assert (fourth["number"], fourth["label"], fourth["skipped"]) == ([6], [0], Counter())
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("label", [2, -1])
+def test_a_label_out_of_range_is_an_error(
+    make_shard: MakeShard, picture: Picture, label: int, workers: int
+) -> None:
+    samples = [("a", b"1"), ("b", b"%d" % label)]
+    members = [(key, {"png": picture(0), "cls": content}) for key, content in samples]
+    shards = str(make_shard("x.tar", members))
+    dataset = EvaluationSet(shards, 8, image_keys=["png"], label_key="cls", num_classes=2)
+    with pytest.raises(ShardError) as caught:
+        list(dataset.batches(2, workers=workers))
+    assert str(caught.value) == (
+        f"sample 'b' of '{shards}' has label {label}, but there are 2 classes: wrong classnames"
+        " file or label_key?"
+    )
+
+
+def test_bilinear_is_another_resize(open_set: Callable[..., EvaluationSet]) -> None:
+    bilinear = open_set(interpolation="bilinear")[0]["image"]
+    assert (bilinear.float() - open_set()[0]["image"].float()).abs().max() > 2
 
 
 def test_unsuitable_sets_are_refused(captioned: str) -> None:
@@ -109,3 +131,5 @@ def test_unsuitable_sets_are_refused(captioned: str) -> None:
         EvaluationSet(captioned, 8, image_keys=["png"], label_key="cls")
     with pytest.raises(ValueError, match="choose squash or shortest"):
         EvaluationSet(captioned, 8, image_keys=["png"], resize_mode="pad")
+    with pytest.raises(ValueError, match="'random' is unknown: choose bicubic or bilinear"):
+        EvaluationSet(captioned, 8, image_keys=["png"], interpolation="random")

@@ -15,6 +15,8 @@ import pytest
 
 from data_pipelines.shards import (
     MAX_EXTENSIONS,
+    MAX_MEMBER_BYTES,
+    FieldError,
     ShardError,
     ShardIndex,
     ShardReader,
@@ -245,13 +247,30 @@ def test_missing_members_are_named(make_shard: MakeShard) -> None:
     assert re.search(message + r" the shards hold: jpg, txt$", str(caught.value))
 
 
-def test_the_fingerprint_follows_names_and_counts(make_shard: MakeShard) -> None:
-    def fingerprint(name: str, samples: int) -> str:
-        return index_shards([str(make_shard(name, THREE[:samples]))]).fingerprint()
+def test_the_fingerprint_follows_names_sizes_and_keys(make_shard: MakeShard) -> None:
+    def fingerprint(name: str, samples: Iterable[tuple[str, dict[str, bytes]]]) -> str:
+        return index_shards([str(make_shard(name, samples))]).fingerprint()
 
-    one = fingerprint("one/0.tar", 2)
-    assert one == fingerprint("two/0.tar", 2)
-    assert len({one, fingerprint("one/0.tar", 3), fingerprint("one/1.tar", 2)}) == 3
+    one = fingerprint("one/0.tar", THREE[:2])
+    assert one == fingerprint("two/0.tar", THREE[:2])
+    others = {
+        fingerprint("one/0.tar", THREE),
+        fingerprint("one/1.tar", THREE[:2]),
+        fingerprint("one/0.tar", THREE[1:]),  # other keys, the same size
+        fingerprint("one/0.tar", [("a", {"jpg": b"x" * 20_000}), ("b", {"jpg": b""})]),
+    }
+    assert len({one} | others) == 5
+
+
+def test_a_member_over_the_limit_is_not_read(make_shard: MakeShard) -> None:
+    index = index_shards([str(make_shard("0.tar", THREE))])
+    reader = ShardReader(index)
+    assert reader.read(0, "jpg", limit=300) == b"a" * 300
+    with pytest.raises(FieldError, match=r"^jpg member over 299 bytes$"):
+        reader.read(0, "jpg", limit=299)
+    index.members["jpg"][1, 1] = MAX_MEMBER_BYTES + 1
+    with pytest.raises(FieldError, match=f"^jpg member over {MAX_MEMBER_BYTES} bytes$"):
+        reader.read(1, "jpg")
 
 
 def test_few_files_are_open_at_once(make_shard: MakeShard) -> None:

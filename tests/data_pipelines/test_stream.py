@@ -48,7 +48,7 @@ def random_load(sample: int) -> dict[str, Any]:
 def stream_of(load: Any = random_load, sizes: Any = SIZES, **options: Any) -> Stream:
     starts = np.concatenate([[0], np.cumsum(sizes)])
     paths = tuple(f"{number}.tar" for number in range(len(sizes)))
-    index = ShardIndex(paths, starts, np.array([""] * int(starts[-1])), {}, ())
+    index = ShardIndex(paths, starts, np.array([""] * int(starts[-1])), {}, (), (0,) * len(paths))
     defaults = {"seed": 3, "shuffle": True, "window": 8, "global_batch": 6}
     return Stream(index, load, **{**defaults, "rank": 0, "world": 1, "workers": 0} | options)
 

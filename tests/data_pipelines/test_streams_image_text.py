@@ -19,18 +19,24 @@ from torch import Tensor
 
 from data_pipelines.captions import (
     MAX_BYTES,
-    FieldError,
     captions_of,
     draw_caption,
     group_of,
     label_of,
+    parse_field,
     read_field,
 )
 from data_pipelines.classification import classification_stream, read_lines
 from data_pipelines.config import AugmentationConfig, ClassificationConfig, ImageTextConfig
 from data_pipelines.image_text import ImageTextLoader, image_text_stream
-from data_pipelines.shards import ShardError, index_shards
-from data_pipelines.stream import Stream
+from data_pipelines.shards import (
+    MAX_MEMBER_BYTES,
+    FieldError,
+    ShardError,
+    ShardReader,
+    index_shards,
+)
+from data_pipelines.stream import SkipSample, Stream
 
 MakeShard = Callable[[str, Iterable[tuple[str, dict[str, bytes]]]], Path]
 Picture = Callable[[int], bytes]
@@ -235,6 +241,7 @@ def test_equal_values_make_equal_groups() -> None:
     assert group_of("a") == group_of("a") == int(hashlib.sha256(b"a").hexdigest()[:16], 16) // 2
     assert group_of(1) == group_of("1") != group_of("2")
     assert all(0 <= group_of(n) < 2**63 for n in range(100))
+    assert group_of("\ud800") != group_of("\ud801")
 
 
 @pytest.mark.parametrize(
@@ -245,10 +252,12 @@ def test_equal_values_make_equal_groups() -> None:
         ("txt", b"bad \xff byte", "bad \ufffd byte"),
         ("json:x", b'\xef\xbb\xbf{"x": [1]}', [1]),
         ("json:a.b", b'{"a.b": "c"}', "c"),
+        ("json:x", b'{"x": "half \\ud800 pair"}', "half \ufffd pair"),
+        ("json:x", b'{"x": ["\\udfff", 1, "\\ud83d\\ude00"]}', ["\ufffd", 1, "\U0001f600"]),
     ],
 )
 def test_fields(key: str, data: bytes, value: object) -> None:
-    assert read_field(key, data) == value
+    assert parse_field(key, data) == value
 
 
 @pytest.mark.parametrize(
@@ -258,14 +267,27 @@ def test_fields(key: str, data: bytes, value: object) -> None:
         (b"", "broken json member"),
         (b"[" * 100_000, "broken json member"),
         (b'{"x": ' + b"9" * 5000 + b"}", "broken json member"),
-        (b"{" + b" " * MAX_BYTES + b"}", f"json member over {MAX_BYTES} bytes"),
         (b'["x"]', "no field 'x' in json"),
         (b'{"x": null}', "no field 'x' in json"),
     ],
 )
 def test_broken_fields(data: bytes | None, reason: str) -> None:
     with pytest.raises(FieldError, match=f"^{reason}$"):
-        read_field("json:x", data)
+        parse_field("json:x", data)
+
+
+def test_large_members_are_passed_over_unread(
+    make_shard: MakeShard, picture: Picture, tokenize: Tokenize
+) -> None:
+    members = {"png": picture(0), "txt": b"fine", "json": b'{"x": "y"}'}
+    index = index_shards([str(make_shard("x.tar", [("a", members)]))])
+    assert read_field(ShardReader(index), 0, "json:x") == "y"
+    index.members["json"][0, 1] = MAX_BYTES + 1
+    with pytest.raises(FieldError, match=f"^json member over {MAX_BYTES} bytes$"):
+        read_field(ShardReader(index), 0, "json:x")
+    index.members["png"][0, 1] = MAX_MEMBER_BYTES + 1
+    with pytest.raises(SkipSample, match=f"^png member over {MAX_MEMBER_BYTES} bytes$"):
+        ImageTextLoader(index, ImageTextConfig(), 8, tokenize)(0)
 
 
 def test_captions() -> None:
@@ -298,11 +320,17 @@ def test_labels() -> None:
 
 def test_read_lines(tmp_path: Path) -> None:
     path = tmp_path / "names.txt"
-    path.write_text("cat\n\n  dog \n", encoding="utf-8")
+    path.write_text("cat\n  dog \n\n", encoding="utf-8")
     assert read_lines(str(path)) == ["cat", "dog"]
+    path.write_text("cat\n\ndog\n", encoding="utf-8")
+    with pytest.raises(ShardError, match=r"names\.txt', line 2 is empty: fill or remove it"):
+        read_lines(path)
     path.write_text("\n")
     with pytest.raises(ShardError, match=r"names\.txt' is empty"):
-        read_lines(str(path))
+        read_lines(path)
+    path.write_bytes(b"caf\xe9\n")
+    with pytest.raises(ShardError, match=r"names\.txt' is not UTF-8 text"):
+        read_lines(path)
     for missing in (tmp_path / "no.txt", tmp_path):
         with pytest.raises(ShardError, match="is not a file: it should hold one name per line"):
-            read_lines(str(missing))
+            read_lines(missing)

@@ -28,7 +28,8 @@ from encoders.text_towers import (
 )
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "red", "apple", "app", "##s"]
-VISION = {"timm_model_name": next(iter(variants.default_cfgs)), "image_size": 64}
+IMAGE = "soft_moe_vit_test_patch16_64"
+VISION = {"timm_model_name": IMAGE, "image_size": variants.input_size(IMAGE)}
 
 
 @pytest.fixture
@@ -93,6 +94,16 @@ def test_hugging_face_tower_loads_the_folder(folder: Path, projection: Any) -> N
     # Padding is masked and mean pooling skips it: the length of the row does not matter.
     features = encode(model, tokens)
     torch.testing.assert_close(features[1:], encode(model, tokens[1:, :4]))
+
+
+def test_the_description_holds_in_another_working_directory(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    monkeypatch.chdir(folder.parent)
+    config = hugging_face_text_config(folder.name, 7)
+    monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
+    assert build_tokenizer(config)(["apple"]).shape == (1, 7)
+    assert build(config).text.config.hidden_size == 16
 
 
 def test_random_weights_need_no_weight_file(folder: Path) -> None:

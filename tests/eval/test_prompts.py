@@ -109,8 +109,8 @@ def test_files_as_editors_write_them(tmp_path: Path) -> None:
 def test_an_empty_line_would_shift_labels(tmp_path: Path) -> None:
     path = tmp_path / "classes.txt"
     path.write_text("cat\n\ndog\n", encoding="utf-8")
-    with pytest.raises(ValueError, match=r"classes\.txt, line 2 is empty"):
+    with pytest.raises(ValueError, match=r"classes\.txt', line 2 is empty"):
         read_classnames(path)
     path.write_text("\n", encoding="utf-8")
-    with pytest.raises(ValueError, match=r"classes\.txt is empty"):
+    with pytest.raises(ValueError, match=r"classes\.txt' is empty"):
         read_classnames(path)

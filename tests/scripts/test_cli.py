@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from eval.config import EvaluationSetConfig
 from scripts.cli import parse_config, run, save_config
 from scripts.pretrain import PretrainRun
 from scripts.train_contrastive import ContrastiveRun
+from training.config import ScheduleConfig
+from training.finite import NonFiniteError
+from training.run_directory import write_environment
+from training.schedules import check_schedule
 
 ROOT = Path(__file__).parents[2]
 
@@ -108,6 +114,23 @@ def test_a_wrong_type_names_the_setting(
     assert value in line
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("train: 5", "train: expected settings, got 5"),
+        ("train: null", "train: expected settings, got null"),
+        ("optimizer: fast", "optimizer: expected settings, got fast"),
+        ("optimizer: [1]", "optimizer: expected settings, got [1]"),
+        ("data: {augmentation: 3}", "data.augmentation: expected settings, got 3"),
+        ("evaluation: [5]", "evaluation: expected settings, got 5"),
+    ],
+)
+def test_a_value_in_the_place_of_a_group(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, text: str, message: str
+) -> None:
+    assert refusal(capsys, "--config", settings_file(tmp_path, text)) == f"error: {message}"
+
+
 def test_broken_and_missing_files(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     missing = str(tmp_path / "none.yaml")
     assert "there is no such file" in refusal(capsys, "--config", missing)
@@ -173,30 +196,51 @@ def test_help_is_short_of_heavy_imports(run_python: Any, command: str) -> None:
     assert "Peak learning rate" in result.stdout
 
 
+def refused() -> None:
+    check_schedule(1, ScheduleConfig(warmup_steps=2))
+
+
+def missing() -> None:
+    write_environment(Path("no folder", "env.json"))  # which opens it through pathlib
+
+
+def diverges() -> None:
+    raise NonFiniteError("two\nlines")
+
+
+def interrupted() -> None:
+    raise KeyboardInterrupt
+
+
 @pytest.mark.parametrize(
-    ("error", "code"),
-    [
-        (ValueError("two\nlines"), 2),
-        (FileNotFoundError("no file"), 1),
-        (PermissionError("not yours"), 1),
-        (KeyboardInterrupt(), 130),
-    ],
+    ("main", "code"), [(refused, 2), (missing, 1), (diverges, 1), (interrupted, 130)]
 )
 def test_errors_that_a_user_can_mend_are_one_line(
-    capsys: pytest.CaptureFixture[str], error: BaseException, code: int
+    capsys: pytest.CaptureFixture[str], main: Callable[[], None], code: int
 ) -> None:
-    def fails() -> None:
-        raise error
-
     with pytest.raises(SystemExit) as stop:
-        run(fails)
+        run(main)
     assert stop.value.code == code
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 
-def test_mistakes_of_ours_keep_their_traceback() -> None:
-    def fails() -> None:
-        raise RuntimeError("a mistake")
+def wrong_call() -> None:
+    torch.optim.SGD([torch.zeros(1)], lr=-1.0)  # a ValueError of torch
 
-    with pytest.raises(RuntimeError, match="a mistake"):
-        run(fails)
+
+def broken_json() -> None:
+    json.loads("{")
+
+
+def mistake() -> None:
+    raise RuntimeError("a mistake")
+
+
+@pytest.mark.parametrize(
+    ("main", "kind"),
+    [(wrong_call, ValueError), (broken_json, ValueError), (mistake, RuntimeError)],
+)
+def test_mistakes_keep_their_traceback(main: Callable[[], None], kind: type[Exception]) -> None:
+    with pytest.raises(kind) as error:
+        run(main)
+    assert error.traceback[-1].name != "run"

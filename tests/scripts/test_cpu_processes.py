@@ -20,11 +20,18 @@ LAUNCHED = {
         ({}, True),
         ({"RANK": "0"}, False),
         ({"PMI_RANK": "1"}, False),
-        ({"ACCELERATE_USE_CPU": "False"}, False),
     ],
 )
 def test_a_lonely_process_is_recognised(changes: dict[str, str], alone: bool) -> None:
     assert only_one_was_started(LAUNCHED | changes) is alone
+
+
+@pytest.mark.parametrize("accelerator", [False, True])
+def test_without_an_accelerator_the_cpu_need_not_be_named(
+    monkeypatch: pytest.MonkeyPatch, accelerator: bool
+) -> None:
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: accelerator)
+    assert only_one_was_started(LAUNCHED | {"ACCELERATE_USE_CPU": "False"}) is not accelerator
 
 
 def test_one_process_is_what_plain_launches_ask_for() -> None:

@@ -74,6 +74,8 @@ CONTRASTIVE_ERRORS = {
     "workers": (["--data.workers=-1"], "data.workers must not be negative"),
     "scale": (["--contrastive.logit_scale=0"], "must be positive"),
     "no weights": (["--image.init_from={shards}/nothing"], "does not exist"),
+    "frozen noise": (["--image.frozen=true"], "image.frozen would keep random weights"),
+    "frozen noise text": (["--text.frozen=true"], "text.frozen would keep random weights"),
     "no such checkpoint": (["--resume={shards}"], "is no complete checkpoint"),
     "evaluation of nothing": (
         ['--evaluation=[{"shards": "{shards}/train-0.tar"}]'],
@@ -155,20 +157,26 @@ def snapshot(folder: Path) -> dict[str, bytes]:
 
 def test_a_run_leaves_its_settings_logs_and_one_checkpoint(finished: Path) -> None:
     assert {path.name for path in finished.iterdir()} == {
-        "config.yaml", "env.json", "metrics.jsonl", "checkpoints",
+        "config.yaml", "env.json", "metrics.jsonl", "checkpoints", "train.log",
     }  # fmt: skip
     assert [path.name for path in (finished / "checkpoints").iterdir()] == ["step_00000002"]
+    plan, done = (finished / "train.log").read_text().splitlines()
+    assert "2 steps of 8 samples" in plan
+    assert f"done: {finished}/checkpoints/step_00000002" in done
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ([], "is not empty: continue that run with --resume auto"),
-        (["--resume=auto", "--contrastive.embed_dim=16"], "holds another architecture"),
-        (["--resume=auto", "--contrastive.loss=siglip"], "missing logit_bias"),
+        (["--resume=auto", "--contrastive.embed_dim=16"], "embed_dim was 8, is 16"),
+        (["--resume=auto", "--optimizer.lr=0.5"], "optimizer.lr was 0.001, is 0.5"),
         (["--resume=auto", "--train.batch_size=6"], "batch_size was 8, is 6"),
         (["--resume=auto", "--seed=1"], "seed was 0, is 1"),
-        (["--resume=auto", "--image.frozen=true"], "frozen now"),
+        (
+            ["--resume=auto", "--image.frozen=true", "--image.init_from=x"],
+            "frozen was false, is true",
+        ),
     ],
 )
 def test_a_used_run_directory_is_not_mixed_up(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import re
 import shutil
@@ -17,6 +18,7 @@ from training.checkpoint import (
     CheckpointError,
     CheckpointWriter,
     checkpoint_name,
+    list_checkpoints,
     load_optimizer_tensors,
     load_tensors,
     load_weights,
@@ -108,6 +110,35 @@ def test_publishing_again_replaces(tmp_path: Path) -> None:
     publish(tmp_path, 1)
     (tmp_path / checkpoint_name(1) / "model.safetensors").write_bytes(b"broken")
     verify_checkpoint(publish(tmp_path, 1))
+
+
+def test_a_kill_while_a_step_is_published_again_loses_neither(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish(tmp_path, 1)
+    publish(tmp_path, 2)
+    replace, calls = os.replace, []
+
+    def killed(source: Path, target: Path) -> None:
+        if calls:
+            raise KeyboardInterrupt
+        calls.append(source)
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        publish(tmp_path, 2)
+    monkeypatch.undo()
+    newest, messages = newest_checkpoint(tmp_path)
+    assert messages == []
+    assert newest is not None
+    assert float(load_tensors(newest / "model.safetensors")["weight"][0]) == 2.0
+    assert len(list_checkpoints(tmp_path)) == 2
+    last = publish(tmp_path, 3)
+    prune_checkpoints(tmp_path, last, 2)  # the one that was moved aside counts as step 2
+    assert list_checkpoints(tmp_path) == [newest, last]
+    prune_checkpoints(tmp_path, publish(tmp_path, 2), 1)
+    assert names(tmp_path) == [checkpoint_name(2)]
 
 
 def test_pruning_keeps_the_newest(tmp_path: Path) -> None:

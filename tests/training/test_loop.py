@@ -26,7 +26,8 @@ from torch.utils.data import DataLoader, IterableDataset
 from training.checkpoint import CheckpointError, load_tensors, newest_checkpoint
 from training.checkpoint import checkpoint_name as name_of
 from training.config import OptimizerConfig, ScheduleConfig, TrainConfig
-from training.loop import NonFiniteError, Trainer
+from training.finite import NonFiniteError
+from training.loop import Trainer
 from training.objective import Batch, Evaluator, Metrics, Objective
 
 BATCH = 8
@@ -175,8 +176,7 @@ def test_the_comparison_notices_a_lost_random_state(unbroken: Path, tmp_path: Pa
 
 def test_a_finished_run_has_nothing_left_to_do(unbroken: Path, tmp_path: Path) -> None:
     shutil.copytree(unbroken, tmp_path, dirs_exist_ok=True)
-    final = tmp_path / "checkpoints" / name_of(12)
-    make_trainer(tmp_path, resume=final).fit()
+    make_trainer(tmp_path, resume=tmp_path / "checkpoints" / name_of(12)).fit()
     assert outcome(tmp_path) == outcome(unbroken)
 
 

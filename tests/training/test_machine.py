@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from training.machine import CorePlan, available_cores, plan_cores
+from training.machine import CorePlan, available_cores, local_processes, plan_cores
 
 
 @pytest.mark.parametrize(
@@ -35,6 +35,11 @@ def test_impossible_numbers_are_refused() -> None:
         plan_cores(4, 1, device_is_cpu=True, threads=0)
     with pytest.raises(ValueError, match="workers must not be negative"):
         plan_cores(4, 1, device_is_cpu=True, workers=-1)
+
+
+def test_only_processes_of_this_machine_share_its_cores() -> None:
+    assert local_processes(16, {"LOCAL_WORLD_SIZE": "8", "WORLD_SIZE": "16"}) == 8
+    assert local_processes(4, {}) == 4
 
 
 def test_there_is_a_core() -> None:

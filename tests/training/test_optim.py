@@ -10,7 +10,7 @@ from torch import nn
 from classification.config import ClassifierConfig
 from classification.objective import ClassificationObjective
 from contrastive.config import ContrastiveConfig, ImageTowerConfig, TextTowerConfig
-from contrastive.dual_encoder import build_dual_encoder, frozen_parts, model_config
+from contrastive.dual_encoder import build_dual_encoder, model_config
 from contrastive.objective import ContrastiveObjective
 from training.config import OptimizerConfig
 from training.objective import Objective
@@ -36,13 +36,13 @@ def groups(objective: Objective) -> tuple[set[str], set[str]]:
 def dual_encoder(
     frozen_image: bool = False, frozen_text: bool = False, loss: str = "siglip"
 ) -> ContrastiveObjective:
-    image = ImageTowerConfig(TEST, frozen=frozen_image)
-    text = TextTowerConfig(width=16, heads=2, layers=1, context_length=8, frozen=frozen_text)
+    text = TextTowerConfig(width=16, heads=2, layers=1, context_length=8)
     contrastive = ContrastiveConfig(embed_dim=8, loss="clip" if loss == "clip" else "siglip")
-    description = model_config(image, text, contrastive)
+    description = model_config(ImageTowerConfig(TEST), text, contrastive)
     model = build_dual_encoder(description)
     half = (0.5, 0.5, 0.5)
-    frozen = frozen_parts(model, image, text)
+    towers = ((model.visual.trunk, frozen_image), (model.text, frozen_text))
+    frozen = tuple(tower for tower, is_frozen in towers if is_frozen)
     return ContrastiveObjective(model, description, contrastive, half, half, frozen)
 
 

@@ -6,8 +6,10 @@ import json
 import math
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
 from training.run_directory import (
     MetricsWriter,
@@ -21,19 +23,81 @@ def steps(path: Path) -> list[int]:
     return [json.loads(line)["step"] for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def test_an_empty_or_missing_folder_can_be_used(tmp_path: Path) -> None:
-    check_run_directory(tmp_path, None)
-    check_run_directory(tmp_path / "missing", None)
+SETTINGS: dict[str, Any] = {
+    "run_dir": "one", "resume": None, "seed": 0, "evaluation": [{"name": "a"}],
+    "optimizer": {"lr": 0.002, "eps": 1e-8, "beta1": 0.9, "beta2": 0.98, "clip_norm": 1.0},
+    "data": {"workers": None, "crop_scale": [0.5, 1.0]}, "train": {"steps": 2, "log_every": 1},
+}  # fmt: skip
 
 
-def test_a_used_folder_is_only_continued(tmp_path: Path) -> None:
-    checkpoint = tmp_path / "run" / "checkpoints" / "step_00000001"
+def changed(**groups: Any) -> dict[str, Any]:
+    return SETTINGS | {
+        name: SETTINGS[name] | value if isinstance(value, dict) else value
+        for name, value in groups.items()
+    }
+
+
+@pytest.fixture
+def used(tmp_path: Path) -> Path:
+    """The folder of a run that has been started with SETTINGS."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "config.yaml").write_text(yaml.safe_dump(SETTINGS))
+    return folder
+
+
+@pytest.mark.parametrize("resume", [None, "auto"])
+def test_an_empty_or_missing_folder_can_be_used(tmp_path: Path, resume: str | None) -> None:
+    assert check_run_directory(tmp_path, resume, SETTINGS) == {}
+    assert check_run_directory(tmp_path / "missing", resume, SETTINGS) == {}
+    (tmp_path / "config.yaml.partial").write_text("see")  # killed before it was a run
+    assert check_run_directory(tmp_path, resume, SETTINGS) == {}
+
+
+@pytest.mark.parametrize("content", [None, "", "just words", "a: [", "\x00"])
+def test_a_folder_that_is_no_run_is_never_used(tmp_path: Path, content: str | None) -> None:
+    (tmp_path / "thesis.tex").touch()
+    if content is not None:
+        (tmp_path / "config.yaml").write_text(content)
+    with pytest.raises(RunDirectoryError, match=r"holds no run.*another --run_dir"):
+        check_run_directory(tmp_path, "auto", SETTINGS)
+
+
+def test_settings_that_change_nothing_learnt_may_change(used: Path) -> None:
+    present = changed(
+        run_dir="two", resume="auto", evaluation=[], data={"workers": 3, "crop_scale": (0.5, 1.0)}
+    )
+    assert set(check_run_directory(used, "auto", present)) == {
+        "run_dir", "resume", "evaluation", "data.workers",
+    }  # fmt: skip
+    longer = changed(train={"steps": 3})
+    assert check_run_directory(used, "auto", longer) == {"train.steps": "train.steps was 2, is 3"}
+
+
+@pytest.mark.parametrize(
+    ("present", "message"),
+    [
+        (changed(optimizer={"lr": 0.5}), r"settings: optimizer\.lr was 0\.002, is 0\.5: continue"),
+        (changed(optimizer={"lr": 1}, seed=1), r"seed was 0, is 1; optimizer\.lr was 0\.002, is 1"),
+        (changed(optimizer={"amsgrad": None}), r"optimizer\.amsgrad was not set, is null"),
+        ({k: v for k, v in SETTINGS.items() if k != "seed"}, "seed was 0, is not set"),
+        (changed(seed=1, optimizer=dict.fromkeys(SETTINGS["optimizer"], 7.0)),
+         r"beta1 was 0\.9, is 7\.0, and 2 more: continue"),
+    ],
+)  # fmt: skip
+def test_other_settings_are_refused(used: Path, present: dict[str, Any], message: str) -> None:
+    with pytest.raises(RunDirectoryError, match=message):
+        check_run_directory(used, "auto", present)
+
+
+def test_a_used_folder_is_only_continued(used: Path, tmp_path: Path) -> None:
+    checkpoint = used / "checkpoints" / "step_00000001"
     checkpoint.mkdir(parents=True)
     for resume in (None, str(tmp_path / "another" / "checkpoints" / "step_00000001")):
         with pytest.raises(RunDirectoryError, match=r"not empty.*--resume auto.*--run_dir"):
-            check_run_directory(tmp_path / "run", resume)
-    check_run_directory(tmp_path / "run", "auto")
-    check_run_directory(tmp_path / "run", str(checkpoint))
+            check_run_directory(used, resume, SETTINGS)
+    check_run_directory(used, "auto", SETTINGS)
+    check_run_directory(used, str(checkpoint), SETTINGS)
 
 
 def test_lines_of_steps_that_are_repeated_are_dropped(tmp_path: Path) -> None:
