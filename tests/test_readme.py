@@ -43,7 +43,7 @@ def test_commands_run_in_the_order_of_the_readme(tmp_path: Path) -> None:
         if words[:2] == ["python", "-m"]:
             argv = [sys.executable, *words[1:]]
         elif words[:2] == ["accelerate", "launch"]:
-            argv = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", *words[2:]]
+            argv = [sys.executable, "-m", "accelerate.commands.launch", *words[2:]]
         else:
             continue
         result = subprocess.run(
@@ -51,8 +51,19 @@ def test_commands_run_in_the_order_of_the_readme(tmp_path: Path) -> None:
             cwd=tmp_path, capture_output=True, text=True, timeout=240, check=False,
         )  # fmt: skip
         assert result.returncode == 0, f"{line}\n{result.stdout}\n{result.stderr}"
+        if words[0] == "accelerate":
+            assert "2 process(es)" in result.stdout
         ran.append(module)
     assert {"scripts.pretrain", "scripts.train_contrastive", "scripts.evaluate"} <= set(ran)
+
+    (example,) = re.findall(
+        r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL
+    )
+    example = example.replace("step_00001000", "step_00000002")  # the end of the tiny run
+    result = subprocess.run(
+        [sys.executable, "-c", example], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
 
 
 def test_make_targets_exist() -> None:

@@ -56,8 +56,8 @@ class TrainConfig:
     """Steps between lines of metrics.jsonl."""
     eval_every: int = 0
     """Steps between evaluations; 0 evaluates only at the end."""
-    save_every: int = 0
-    """Steps between checkpoints; 0 saves only at the end."""
+    save_every: int = 1000
+    """Steps between checkpoints; the end is always saved, 0 saves nothing before it."""
     keep_last: int = 2
     """Checkpoints to keep."""
     tensorboard: bool = False
