@@ -23,7 +23,7 @@ from encoders.soft_moe import RoutingWeights, SoftMoE
 
 def thin_model() -> nn.Module:
     torch.manual_seed(0)
-    name = next(name for name in variants.default_cfgs if "micro" in name)
+    name = "soft_moe_vit_micro_patch8_64"
     return timm.create_model(
         name, embed_dim=24, depth=4, moe_blocks=2, num_experts=4, router_noise_std=1.0
     )
