@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import timm
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -23,9 +22,8 @@ from encoders.soft_moe import RoutingWeights, SoftMoE
 
 def thin_model() -> nn.Module:
     torch.manual_seed(0)
-    name = "soft_moe_vit_micro_patch8_64"
-    return timm.create_model(
-        name, embed_dim=24, depth=4, moe_blocks=2, num_experts=4, router_noise_std=1.0
+    return variants.soft_moe_vit_micro_patch8_64(
+        embed_dim=24, depth=4, moe_blocks=2, num_experts=4, router_noise_std=1.0
     )
 
 
