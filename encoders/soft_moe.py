@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from encoders.experts import ExpertMLP
+from encoders.routed_layer import RoutedLayer
 
 # Inside the root, as in google-research/vmoe `vmoe/projects/soft_moe/router.py`; the paper's
 # Algorithm 2 adds it to the norm instead, which differs measurably for many experts.
@@ -38,7 +39,7 @@ def l2_normalize(x: Tensor, dim: int) -> Tensor:
     return x * torch.rsqrt(x.square().sum(dim, keepdim=True) + NORM_EPS)
 
 
-class SoftMoE(nn.Module):
+class SoftMoE(RoutedLayer):
     """Soft MoE in place of a transformer block's MLP: (B, M, d) to (B, M, d).
 
     Router parameters: `phi` (d, E, P), one vector per slot, and `scale`, a 0-D tensor that

@@ -20,6 +20,7 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
 
 from encoders.experts import ExpertMLP
+from encoders.routed_layer import RoutedLayer
 from encoders.soft_moe import SoftMoE
 
 LAYER_NORM_EPS = 1e-6
@@ -116,7 +117,7 @@ class SoftMoEVisionTransformer(VisionTransformer):
                 nn.init.xavier_uniform_(module.weight)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-            elif needs_reset and isinstance(module, SoftMoE | ExpertMLP):
+            elif needs_reset and isinstance(module, RoutedLayer | ExpertMLP):
                 module.init_weights()
             elif needs_reset and callable(reset := getattr(module, "reset_parameters", None)):
                 reset()
@@ -141,7 +142,7 @@ class SoftMoEVisionTransformer(VisionTransformer):
         """Parameter names without weight decay: position embedding and all router parameters."""
         names = set(super().no_weight_decay())
         for prefix, module in self.named_modules():
-            if isinstance(module, SoftMoE):
+            if isinstance(module, RoutedLayer):
                 names |= {f"{prefix}.{name}" for name in module.no_weight_decay()}
         return names
 
