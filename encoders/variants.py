@@ -1,21 +1,76 @@
 """Named sizes, registered with timm. Importing this module makes them known to timm and open_clip.
 
-Names read `soft_moe_vit_<size>_patch<P>_<image size>`; the routed blocks are the second half and
-every expert has one slot, as in the paper (Table 8). Widths and depths of S and B are the paper's
-and ViT's; nano (width 128) and micro (width 192) are ours, for small machines and small images;
-test, like timm's own test models, only shows that things fit together.
+Names read `soft_moe_vit_<size>_patch<P>_<image size>`, and `dense_vit_...` for the dense twin built
+by the same code. The second half of the blocks is routed and every expert has one slot, as in the
+paper (Table 8). Widths and depths from tiny to huge are ViT's; nano and micro are ours, for small
+machines and small images; test, like timm's own test models, only shows that things fit together.
 """
 
 from __future__ import annotations
 
 import difflib
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import timm
 from timm.models import build_model_with_cfg, register_model
 from timm.models._registry import generate_default_cfgs
+from timm.models.vision_transformer import checkpoint_filter_fn
 
 from encoders.vision_transformer import SoftMoEVisionTransformer
+
+
+class Size(NamedTuple):
+    """Token width, number of blocks, attention heads, deviation of the first positions."""
+
+    embed_dim: int
+    depth: int
+    num_heads: int
+    pos_embed_std: float = 0.02
+
+
+# Made for minutes on a CPU: positions are visible from the first step (see docs/results.md).
+NANO = Size(128, 2, 2, pos_embed_std=0.5)
+TEST = Size(32, 2, 2)
+MICRO = Size(192, 6, 3)
+TINY = Size(192, 12, 3)
+SMALL = Size(384, 12, 6)
+BASE = Size(768, 12, 12)
+LARGE = Size(1024, 24, 16)
+HUGE = Size(1280, 32, 16)
+
+# Size, pixels per patch, pixels per image, experts in each routed block (0: no block is routed).
+# From small on, the numbers of experts are the paper's (Tables 8 and 9; it has H/14 with 128, too).
+VARIANTS: dict[str, tuple[Size, int, int, int]] = {
+    "soft_moe_vit_nano_patch8_32": (NANO, 8, 32, 16),
+    "soft_moe_vit_micro_patch8_48": (MICRO, 8, 48, 16),
+    "soft_moe_vit_micro_patch8_64": (MICRO, 8, 64, 16),
+    "soft_moe_vit_test_patch16_64": (TEST, 16, 64, 4),
+    "soft_moe_vit_tiny_patch16_224": (TINY, 16, 224, 8),
+    "soft_moe_vit_small_patch32_224": (SMALL, 32, 224, 32),
+    "soft_moe_vit_small_patch16_224": (SMALL, 16, 224, 128),
+    "soft_moe_vit_small_patch14_224": (SMALL, 14, 224, 256),
+    "soft_moe_vit_small_patch8_224": (SMALL, 8, 224, 512),
+    "soft_moe_vit_base_patch32_224": (BASE, 32, 224, 32),
+    "soft_moe_vit_base_patch16_224": (BASE, 16, 224, 128),
+    "soft_moe_vit_large_patch32_224": (LARGE, 32, 224, 32),
+    "soft_moe_vit_large_patch16_224": (LARGE, 16, 224, 128),
+    "soft_moe_vit_huge_patch14_224": (HUGE, 14, 224, 256),
+    "dense_vit_nano_patch8_32": (NANO, 8, 32, 0),
+    "dense_vit_micro_patch8_48": (MICRO, 8, 48, 0),
+    "dense_vit_micro_patch8_64": (MICRO, 8, 64, 0),
+    "dense_vit_test_patch16_64": (TEST, 16, 64, 0),
+    "dense_vit_tiny_patch16_224": (TINY, 16, 224, 0),
+    "dense_vit_small_patch32_224": (SMALL, 32, 224, 0),
+    "dense_vit_small_patch16_224": (SMALL, 16, 224, 0),
+    "dense_vit_small_patch14_224": (SMALL, 14, 224, 0),
+    "dense_vit_small_patch8_224": (SMALL, 8, 224, 0),
+    "dense_vit_base_patch32_224": (BASE, 32, 224, 0),
+    "dense_vit_base_patch16_224": (BASE, 16, 224, 0),
+    "dense_vit_large_patch32_224": (LARGE, 32, 224, 0),
+    "dense_vit_large_patch16_224": (LARGE, 16, 224, 0),
+    "dense_vit_huge_patch14_224": (HUGE, 14, 224, 0),
+}
 
 
 def _default_cfg(image_size: int) -> dict[str, Any]:
@@ -34,14 +89,7 @@ def _default_cfg(image_size: int) -> dict[str, Any]:
 
 
 default_cfgs = generate_default_cfgs(
-    {
-        "soft_moe_vit_nano_patch8_32": _default_cfg(32),
-        "soft_moe_vit_micro_patch8_48": _default_cfg(48),
-        "soft_moe_vit_micro_patch8_64": _default_cfg(64),
-        "soft_moe_vit_small_patch16_224": _default_cfg(224),
-        "soft_moe_vit_base_patch16_224": _default_cfg(224),
-        "soft_moe_vit_test_patch16_64": _default_cfg(64),
-    }
+    {name: _default_cfg(image_size) for name, (_, _, image_size, _) in VARIANTS.items()}
 )
 
 
@@ -61,88 +109,32 @@ def input_size(name: str) -> int:
     return config.input_size[-1]
 
 
-def _create(
-    variant: str, pretrained: bool, defaults: dict[str, Any], kwargs: dict[str, Any]
-) -> Any:
-    return build_model_with_cfg(
-        SoftMoEVisionTransformer,
-        variant,
-        pretrained,
-        feature_cfg={"out_indices": 3, "feature_cls": "getter"},
-        **(defaults | kwargs),
-    )
+def _entry_point(name: str) -> Callable[..., SoftMoEVisionTransformer]:
+    """The function that timm calls to build the named variant."""
+    size, patch_size, image_size, num_experts = VARIANTS[name]
+    defaults: dict[str, Any] = {
+        "img_size": image_size,
+        "patch_size": patch_size,
+        "moe_blocks": size.depth // 2 if num_experts else 0,
+        **size._asdict(),
+    }
+    if num_experts:
+        defaults["num_experts"] = num_experts
+
+    def create(pretrained: bool = False, **kwargs: Any) -> SoftMoEVisionTransformer:
+        return build_model_with_cfg(
+            SoftMoEVisionTransformer,
+            name,
+            pretrained,
+            pretrained_filter_fn=checkpoint_filter_fn,
+            feature_cfg={"out_indices": 3, "feature_cls": "getter"},
+            **(defaults | kwargs),
+        )
+
+    create.__name__ = create.__qualname__ = name
+    create.__doc__ = f"Build {name}; `kwargs` are arguments of SoftMoEVisionTransformer."
+    return create
 
 
-@register_model
-def soft_moe_vit_nano_patch8_32(
-    pretrained: bool = False, **kwargs: Any
-) -> SoftMoEVisionTransformer:
-    """Nano/8 for 32-pixel images: width 128, 2 blocks, the last with 16 experts.
-
-    Made for minutes on a CPU: positions are visible from the first step (see docs/results.md).
-    """
-    defaults = {
-        "img_size": 32, "patch_size": 8, "embed_dim": 128, "depth": 2, "num_heads": 2,
-        "moe_blocks": 1, "num_experts": 16, "pos_embed_std": 0.5,
-    }  # fmt: skip
-    return _create("soft_moe_vit_nano_patch8_32", pretrained, defaults, kwargs)
-
-
-@register_model
-def soft_moe_vit_micro_patch8_48(
-    pretrained: bool = False, **kwargs: Any
-) -> SoftMoEVisionTransformer:
-    """Micro/8 for 48-pixel images: width 192, 6 blocks, the last 3 with 16 experts."""
-    defaults = {
-        "img_size": 48, "patch_size": 8, "embed_dim": 192, "depth": 6, "num_heads": 3,
-        "moe_blocks": 3, "num_experts": 16,
-    }  # fmt: skip
-    return _create("soft_moe_vit_micro_patch8_48", pretrained, defaults, kwargs)
-
-
-@register_model
-def soft_moe_vit_micro_patch8_64(
-    pretrained: bool = False, **kwargs: Any
-) -> SoftMoEVisionTransformer:
-    """Micro/8 for 64-pixel images: width 192, 6 blocks, the last 3 with 16 experts."""
-    defaults = {
-        "img_size": 64, "patch_size": 8, "embed_dim": 192, "depth": 6, "num_heads": 3,
-        "moe_blocks": 3, "num_experts": 16,
-    }  # fmt: skip
-    return _create("soft_moe_vit_micro_patch8_64", pretrained, defaults, kwargs)
-
-
-@register_model
-def soft_moe_vit_small_patch16_224(
-    pretrained: bool = False, **kwargs: Any
-) -> SoftMoEVisionTransformer:
-    """S/16, 128 experts, 922,701,166 parameters with 1,000 classes (paper: 933M with JFT's)."""
-    defaults = {
-        "img_size": 224, "patch_size": 16, "embed_dim": 384, "depth": 12, "num_heads": 6,
-        "moe_blocks": 6, "num_experts": 128,
-    }  # fmt: skip
-    return _create("soft_moe_vit_small_patch16_224", pretrained, defaults, kwargs)
-
-
-@register_model
-def soft_moe_vit_base_patch16_224(
-    pretrained: bool = False, **kwargs: Any
-) -> SoftMoEVisionTransformer:
-    """B/16, 128 experts, 3,685,650,670 parameters with 1,000 classes (paper: 3.7B)."""
-    defaults = {
-        "img_size": 224, "patch_size": 16, "embed_dim": 768, "depth": 12, "num_heads": 12,
-        "moe_blocks": 6, "num_experts": 128,
-    }  # fmt: skip
-    return _create("soft_moe_vit_base_patch16_224", pretrained, defaults, kwargs)
-
-
-@register_model
-def soft_moe_vit_test_patch16_64(
-    pretrained: bool = False, **kwargs: Any
-) -> SoftMoEVisionTransformer:
-    """Test/16: width 32, 2 blocks, the last one with 4 experts; for tests, not for pictures."""
-    defaults = {
-        "img_size": 64, "patch_size": 16, "embed_dim": 32, "depth": 2, "num_heads": 2,
-        "moe_blocks": 1, "num_experts": 4,
-    }  # fmt: skip
-    return _create("soft_moe_vit_test_patch16_64", pretrained, defaults, kwargs)
+# timm registers a function under its name and lists it in this module's __all__.
+globals().update({name: register_model(_entry_point(name)) for name in VARIANTS})

@@ -1,4 +1,4 @@
-"""A timm VisionTransformer whose chosen blocks carry a Soft MoE instead of an MLP.
+"""A timm VisionTransformer whose chosen blocks carry a routed layer instead of an MLP.
 
 The arrangement is that of google-research/vmoe (`projects/soft_moe/configs/common.py`): no class
 token, learned position embedding, LayerNorm on queries and keys with a scale and no bias, tanh
@@ -10,20 +10,22 @@ groups, patch dropout, gradient checkpointing) is inherited.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from timm.layers import Attention, LayerNorm, Mlp, lecun_normal_
 from timm.models.vision_transformer import Block, VisionTransformer
-from torch import nn
+from torch import Tensor, nn
 
 from encoders.experts import ExpertMLP
 from encoders.routed_layer import RoutedLayer
-from encoders.soft_moe import SoftMoE
+from encoders.routers import build_routed_layer, router_class
 
 LAYER_NORM_EPS = 1e-6
+EVERY = re.compile(r"every_([1-9]\d*)(?:_last_([1-9]\d*))?")
 
 
 class BiasFreeQKNormAttention(Attention):
@@ -34,70 +36,120 @@ class BiasFreeQKNormAttention(Attention):
         super().__init__(dim, **kwargs)
 
 
+# What google-research/vmoe builds, in timm's words; every entry can be overridden.
+ARRANGEMENT: dict[str, Any] = {
+    "class_token": False,
+    "global_pool": "avg",
+    "fc_norm": False,
+    "qk_norm": True,
+    "norm_layer": partial(LayerNorm, eps=LAYER_NORM_EPS),
+    "act_layer": "gelu_tanh",
+    "attn_layer": BiasFreeQKNormAttention,
+}
+
+
 class SoftMoEVisionTransformer(VisionTransformer):
-    """Vision transformer with Soft MoE in the blocks `moe_blocks`; images (B, 3, H, W) in.
+    """Vision transformer with a routed layer in some blocks; images (B, 3, H, W) in.
 
     Args:
-        moe_blocks: indices of the routed blocks; an int N means the last N (the paper routes the
-            second half); an empty sequence gives the dense twin.
-        num_experts, slots_per_expert: see `encoders.soft_moe.SoftMoE`.
-        router_noise_std: noise on router logits in training.
-        identical_experts: start the experts of a layer equal.
-        pos_embed_std: standard deviation of the initial position embedding. The reference's 0.02
-            hides positions from the first steps: short runs on small data want them visible.
+        moe_blocks: which blocks are routed. An int N means the last N (the paper routes the second
+            half); a sequence holds indices; "every_2" means blocks 1, 3, 5, ... and
+            "every_2_last_3" the last 3 of those (the two placements of V-MoE, arXiv 2106.05974);
+            none gives the dense twin.
+        router: a name in `encoders.routers.ROUTERS`.
+        num_experts: experts per routed block.
+        slots_per_expert: slots per expert; the layer's default, 1, when None.
+        capacity_factor: instead of slots_per_expert, all slots as a multiple of the tokens (see
+            `encoders.routers.slots_for_capacity`); routers with a capacity get it as it is. The
+            number of slots stays when the input size changes later.
+        router_noise_std: noise on router logits in training; the layer's default when None.
+        identical_experts: start the experts of a layer equal; the layer's default when None.
+        router_options: further arguments of the layer, by name.
+        pos_embed: "learn", "none", or "sincos2d" for fixed sines and cosines of both coordinates,
+            which are no parameter and which a class token does not get.
+        pos_embed_std: standard deviation of a learned position embedding at the start. The
+            reference's 0.02 hides positions from the first steps: short runs on small data want
+            them visible.
+        representation_size: width of a tanh layer between pooling and head; none when None.
         **kwargs: timm's VisionTransformer arguments (img_size, patch_size, embed_dim, depth,
-            num_heads, mlp_ratio, num_classes, drop_path_rate, patch_drop_rate, ...).
+            num_heads, mlp_ratio, num_classes, class_token, drop_path_rate, patch_drop_rate, ...).
 
     Raises:
-        ValueError: a block index that does not exist, or sizes SoftMoE refuses.
+        ValueError: a block or router that does not exist, an option or size the layer refuses.
     """
 
     def __init__(
         self,
-        moe_blocks: int | Sequence[int] = (),
+        *,
+        moe_blocks: int | str | Sequence[int] = (),
+        router: str = "soft",
         num_experts: int = 128,
-        slots_per_expert: int = 1,
-        router_noise_std: float = 0.0,
-        identical_experts: bool = True,
+        slots_per_expert: int | None = None,
+        capacity_factor: float | None = None,
+        router_noise_std: float | None = None,
+        identical_experts: bool | None = None,
+        router_options: dict[str, Any] | None = None,
+        pos_embed: str = "learn",
         pos_embed_std: float = 0.02,
+        representation_size: int | None = None,
         depth: int = 12,
+        weight_init: str = "",
         **kwargs: Any,
     ) -> None:
         routed = resolve_moe_blocks(moe_blocks, depth)
-
-        def soft_moe(
-            in_features: int, hidden_features: int, drop: float, **options: Any
-        ) -> SoftMoE:
-            return SoftMoE(
-                in_features,
-                num_experts,
-                slots_per_expert,
-                hidden_features,
-                noise_std=router_noise_std,
-                identical_experts=identical_experts,
-                dropout=drop,
-                device=options.get("device"),
-                dtype=options.get("dtype"),
-            )
-
-        def block(depth: int, **options: Any) -> Block:
-            if depth in routed:
-                options["mlp_layer"] = soft_moe
-            return Block(depth=depth, **options)
-
-        defaults: dict[str, Any] = {
-            "block_fn": block,
-            "class_token": False,
-            "global_pool": "avg",
-            "fc_norm": False,
-            "qk_norm": True,
-            "norm_layer": partial(LayerNorm, eps=LAYER_NORM_EPS),
-            "act_layer": "gelu_tanh",
-            "attn_layer": BiasFreeQKNormAttention,
+        router_class(router)  # refuses unknown names, also where no block is routed
+        options = merge_options(
+            router_options or {},
+            slots_per_expert=slots_per_expert,
+            capacity_factor=capacity_factor,
+            noise_std=router_noise_std,
+            identical_experts=identical_experts,
+        )
+        if pos_embed not in ("learn", "none", "sincos2d"):
+            raise ValueError(f"pos_embed='{pos_embed}': choose learn, none or sincos2d")
+        fixed = pos_embed == "sincos2d"
+        defaults = ARRANGEMENT | {
+            "block_fn": block_factory(self, routed, router, num_experts, options),
+            "no_embed_class": fixed,
         }
-        self.pos_embed_std = pos_embed_std  # timm's constructor calls init_weights
-        super().__init__(depth=depth, **(defaults | kwargs))
-        self.moe_blocks = routed
+        super().__init__(
+            depth=depth,
+            pos_embed="none" if fixed else pos_embed,
+            weight_init="skip",  # only below is everything there that has initial values
+            **(defaults | kwargs),
+        )
+        self.moe_blocks, self.router = routed, router
+        self.pos_embed_std, self.fixed_pos_embed = pos_embed_std, fixed
+        if fixed:
+            self._fix_pos_embed()
+        self.representation: nn.Module = nn.Identity()
+        if representation_size is not None:
+            self._add_representation(representation_size)
+        if weight_init != "skip":
+            self.init_weights(needs_reset=False)
+
+    def _fix_pos_embed(self) -> None:
+        """Make the position embedding of the present grid a buffer that checkpoints leave out."""
+        kernel = self.patch_embed.proj.weight
+        values = sincos_position_embedding(self.patch_embed.grid_size, self.embed_dim)
+        del self.pos_embed
+        self.register_buffer("pos_embed", values.to(kernel), persistent=False)
+
+    def _add_representation(self, width: int) -> None:
+        if width < 1:
+            raise ValueError(f"representation_size must be at least 1 or None, got {width}")
+        kernel = self.patch_embed.proj.weight
+        place = {"device": kernel.device, "dtype": kernel.dtype}
+        self.representation = nn.Sequential(nn.Linear(self.embed_dim, width, **place), nn.Tanh())
+        self.head_hidden_size = width
+        self._fit_head()
+
+    def _fit_head(self) -> None:
+        """timm makes heads for the token width; a representation layer may have another one."""
+        head, width = self.head, self.head_hidden_size
+        if isinstance(head, nn.Linear) and head.in_features != width:
+            place = {"device": head.weight.device, "dtype": head.weight.dtype}
+            self.head = nn.Linear(width, head.out_features, **place)
 
     def init_weights(self, mode: str = "", needs_reset: bool = True) -> None:
         """Draw the reference's initial values.
@@ -107,7 +159,9 @@ class SoftMoEVisionTransformer(VisionTransformer):
             needs_reset: also redraw what initialises itself on construction (norms, Soft MoE), as
                 a model that was materialised from the meta device needs.
         """
-        if self.pos_embed is not None:
+        if self.fixed_pos_embed:
+            self._fix_pos_embed()
+        elif self.pos_embed is not None:
             nn.init.normal_(self.pos_embed, std=self.pos_embed_std)
         for token in (self.cls_token, self.reg_token):
             if token is not None:
@@ -130,6 +184,9 @@ class SoftMoEVisionTransformer(VisionTransformer):
                 for bias in (module.fc1.bias, module.fc2.bias):
                     if bias is not None:
                         nn.init.normal_(bias, std=1e-6)
+        for module in self.representation.modules():
+            if isinstance(module, nn.Linear):
+                lecun_normal_(module.weight)
         lecun_normal_(self.patch_embed.proj.weight)
         if self.patch_embed.proj.bias is not None:
             nn.init.zeros_(self.patch_embed.proj.bias)
@@ -146,9 +203,99 @@ class SoftMoEVisionTransformer(VisionTransformer):
                 names |= {f"{prefix}.{name}" for name in module.no_weight_decay()}
         return names
 
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Fresh head for `num_classes` classes, or none for 0; see timm."""
+        super().reset_classifier(num_classes, global_pool)
+        self._fit_head()
 
-def resolve_moe_blocks(moe_blocks: int | Sequence[int], depth: int) -> tuple[int, ...]:
-    """Turn "last N" or explicit indices into sorted block indices, or raise ValueError."""
+    def set_input_size(
+        self,
+        img_size: tuple[int, int] | None = None,
+        patch_size: tuple[int, int] | None = None,
+    ) -> None:
+        """Change the image size: positions are resampled (or computed anew), slots stay."""
+        super().set_input_size(img_size=img_size, patch_size=patch_size)
+        if self.fixed_pos_embed:
+            self._fix_pos_embed()
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Tokens (B, M, d) to logits (B, classes), or to what the head sees."""
+        x = self.representation(super().forward_head(x, pre_logits=True))
+        return x if pre_logits else self.head(x)
+
+
+def block_factory(
+    model: VisionTransformer,
+    routed: Collection[int],
+    router: str,
+    num_experts: int,
+    options: dict[str, Any],
+) -> Callable[..., Block]:
+    """What timm calls for each block of `model`, whose patch embedding exists by then."""
+
+    def routed_mlp(in_features: int, hidden_features: int, drop: float, **rest: Any) -> RoutedLayer:
+        return build_routed_layer(
+            router,
+            in_features,
+            num_experts,
+            hidden_features,
+            tokens=model.patch_embed.num_patches + model.num_prefix_tokens,
+            dropout=drop,
+            device=rest.get("device"),
+            dtype=rest.get("dtype"),
+            **options,
+        )
+
+    def block(depth: int, **rest: Any) -> Block:
+        if depth in routed:
+            rest["mlp_layer"] = routed_mlp
+        return Block(depth=depth, **rest)
+
+    return block
+
+
+def merge_options(options: dict[str, Any], **named: Any) -> dict[str, Any]:
+    """Add the named options that are not None; raise ValueError where one is given twice."""
+    given = {name: value for name, value in named.items() if value is not None}
+    for name in given.keys() & options.keys():
+        raise ValueError(
+            f"router_options['{name}']={options[name]} repeats an argument of the model that is"
+            f" {given[name]}: give one"
+        )
+    return options | given
+
+
+def sincos_position_embedding(grid: tuple[int, int], dim: int) -> Tensor:
+    """Fixed position embedding (1, h * w, d), float32: sin x, cos x, sin y, cos y, d / 4 each.
+
+    Wavelengths grow geometrically from 2 pi to 20,000 pi, as in MoCo v3 (arXiv 2104.02057) and
+    google-research/vmoe (`vmoe/nn/vit_moe.py`).
+
+    Raises:
+        ValueError: d is no multiple of 4, or less than 8.
+    """
+    if dim % 4 or dim < 8:
+        raise ValueError(f"embed_dim={dim} must be a multiple of 4 and at least 8 for sincos2d")
+    quarter = dim // 4
+    frequencies = 10_000.0 ** -(torch.arange(quarter, dtype=torch.float64) / (quarter - 1))
+    y, x = torch.meshgrid(*(torch.arange(n, dtype=torch.float64) for n in grid), indexing="ij")
+    angles = [axis.reshape(-1, 1) * frequencies for axis in (x, y)]
+    parts = [function(angle) for angle in angles for function in (torch.sin, torch.cos)]
+    return torch.cat(parts, dim=1).unsqueeze(0).float()
+
+
+def resolve_moe_blocks(moe_blocks: int | str | Sequence[int], depth: int) -> tuple[int, ...]:
+    """Turn "last N", "every_K[_last_N]" or indices into sorted indices, or raise ValueError."""
+    if isinstance(moe_blocks, str):
+        match = EVERY.fullmatch(moe_blocks)
+        step, count = (int(group or 0) for group in match.groups()) if match else (0, 0)
+        blocks = tuple(range(step - 1, depth, step)) if step else ()
+        if not blocks or count > len(blocks):
+            raise ValueError(
+                f"moe_blocks='{moe_blocks}' names no blocks of {depth}: write every_K for every"
+                f" K-th block (K at most {depth}), or every_K_last_N for the last N of those"
+            )
+        return blocks[-count:]
     if isinstance(moe_blocks, int):
         if not 0 <= moe_blocks <= depth:
             raise ValueError(f"moe_blocks={moe_blocks}: choose 0 to {depth} of the last blocks")

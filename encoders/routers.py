@@ -1,0 +1,123 @@
+"""The routed layers by name, and the one place that builds them for a transformer block."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Collection
+from typing import Any
+
+import torch
+
+from encoders.routed_layer import RoutedLayer
+from encoders.soft_moe import SoftMoE
+
+ROUTERS: dict[str, type[RoutedLayer]] = {
+    "soft": SoftMoE,
+}
+
+# What a transformer block knows by itself; everything else of a constructor is an option.
+COMMON = frozenset({"self", "dim", "num_experts", "hidden_dim", "dropout", "device", "dtype"})
+
+
+def router_class(router: str) -> type[RoutedLayer]:
+    """The layer class of that name.
+
+    Raises:
+        ValueError: there is none; the message has the nearest ones.
+    """
+    if router not in ROUTERS:
+        raise ValueError(f"router '{router}' does not exist; {_suggest(router, ROUTERS)}")
+    return ROUTERS[router]
+
+
+def router_options(router: str) -> frozenset[str]:
+    """Names of the options that the router's layer takes beside what a block gives every layer."""
+    names: set[str] = set()
+    for base in router_class(router).__mro__:
+        if "__init__" not in vars(base):
+            continue
+        parameters = inspect.signature(base.__init__).parameters.values()
+        variadic = {p.name for p in parameters if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
+        names |= {parameter.name for parameter in parameters} - variadic
+        if not variadic:  # a constructor with **kwargs passes them on to the next class
+            break
+    return frozenset(names - COMMON)
+
+
+def slots_for_capacity(tokens: int, num_experts: int, capacity_factor: float) -> int:
+    """Slots per expert so that all slots together are about `capacity_factor` times the tokens.
+
+    Rounds halves to even, as google-research/vmoe (`projects/soft_moe/router.py`): 196 tokens and
+    factor 1 give 2 slots to each of 128 experts and 6 to each of 32.
+
+    Raises:
+        ValueError: the factor is not positive or so small that an expert would have no slot.
+    """
+    slots = round(tokens * capacity_factor / num_experts)
+    if slots < 1:
+        raise ValueError(
+            f"capacity_factor={capacity_factor} gives {num_experts} experts no slot for {tokens}"
+            f" tokens: choose more than {num_experts / (2 * tokens):.4g} or fewer experts"
+        )
+    return slots
+
+
+def build_routed_layer(
+    router: str,
+    dim: int,
+    num_experts: int,
+    hidden_dim: int,
+    *,
+    tokens: int,
+    dropout: float = 0.0,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    **options: Any,
+) -> RoutedLayer:
+    """Build the layer that replaces a block's MLP.
+
+    Args:
+        router: a name in `ROUTERS`.
+        dim: token width.
+        num_experts: number of experts.
+        hidden_dim: hidden width of an expert.
+        tokens: tokens per image, from which a capacity factor is turned into slots.
+        dropout: dropout inside the experts.
+        device: where the parameters live.
+        dtype: their type.
+        **options: the layer's own arguments. `capacity_factor` becomes `slots_per_expert` for a
+            layer that has slots and no capacity factor of its own.
+
+    Raises:
+        ValueError: the name or an option does not exist, or the layer refuses a value.
+    """
+    layer, accepted = router_class(router), router_options(router)
+    if "slots_per_expert" in accepted and "capacity_factor" in options.keys() - accepted:
+        factor = options.pop("capacity_factor")
+        if "slots_per_expert" in options:
+            raise ValueError(
+                f"slots_per_expert={options['slots_per_expert']} and capacity_factor={factor}"
+                " exclude each other: give one"
+            )
+        options["slots_per_expert"] = slots_for_capacity(tokens, num_experts, factor)
+    for name in options:
+        if name not in accepted:
+            raise ValueError(
+                f"router '{router}' takes no option '{name}'; {_suggest(name, accepted)}"
+            )
+    arguments: dict[str, Any] = {
+        "dim": dim,
+        "num_experts": num_experts,
+        "hidden_dim": hidden_dim,
+        "dropout": dropout,
+        "device": device,
+        "dtype": dtype,
+    }
+    return layer(**arguments, **options)
+
+
+def _suggest(wrong: str, right: Collection[str]) -> str:
+    near = difflib.get_close_matches(wrong, right, n=2)
+    hint = f"did you mean {' or '.join(near)}? " if near else ""
+    return f"{hint}choose from: {', '.join(sorted(right))}"
