@@ -68,6 +68,7 @@ def build_routed_layer(
     dim: int,
     num_experts: int,
     hidden_dim: int,
+    /,  # some layers have an option of their own that is called router
     *,
     tokens: int,
     dropout: float = 0.0,

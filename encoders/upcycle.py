@@ -5,7 +5,7 @@ Every expert of a routed block starts as a copy of that block's dense MLP (Komat
 
     model = timm.create_model("soft_moe_vit_small_patch16_224", num_classes=10)
     dense = timm.create_model("vit_small_patch16_224", pretrained=True).state_dict()
-    print(upcycle(model, dense, allow=("cls_token", "head.*", "*.q_norm.weight", "*.k_norm.weight")))
+    print(upcycle(model, dense, allow=("cls_token", "head.*", "*.[qk]_norm.weight")))
 
 Experts compute tanh GELU: of a dense model with exact GELU, such as timm's own, they are close
 copies and not exact ones. Norms on queries and keys that the dense model lacks change the function
@@ -16,6 +16,8 @@ build with `fc_norm=True`.
 from __future__ import annotations
 
 import math
+import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -43,7 +45,7 @@ class UpcycleReport:
 
     def __str__(self) -> str:
         return "\n".join(
-            f"{kind.replace('_', ' ')} ({len(names)}): {', '.join(names) or '-'}"
+            f"{kind.replace('_', ' ')}: {', '.join(_over_blocks(names)) or 'none'}"
             for kind, names in vars(self).items()
         )
 
@@ -88,8 +90,8 @@ def upcycle(
     ]
     if wrong:
         raise ValueError(
-            "the dense checkpoint does not fit; choose another model, or name in `allow` what may"
-            " stay as the model drew it or be left out:\n" + "\n".join(wrong)
+            "the dense checkpoint does not fit; build another model, or name in `allow` what may"
+            " keep the model's values or be left out:\n" + "\n".join(_over_blocks(wrong))
         )
     with torch.no_grad():
         for layer in layers.values():
@@ -100,6 +102,12 @@ def upcycle(
             if expert_noise_std and name in experts and name.endswith("_weight"):
                 parameter.add_(torch.randn_like(parameter), alpha=expert_noise_std)
     return report
+
+
+def _over_blocks(lines: Sequence[str]) -> list[str]:
+    """One line for what is said of several blocks, in the form of a pattern."""
+    counts = Counter(re.sub(r"\bblocks\.\d+", "blocks.*", line) for line in lines)
+    return [line if count == 1 else f"{line} (x {count})" for line, count in counts.items()]
 
 
 def _expert_sources(layers: Mapping[str, nn.Module]) -> dict[str, str]:

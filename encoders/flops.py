@@ -1,0 +1,136 @@
+"""Floating-point operations per image, in closed form.
+
+Convention: two operations per multiply-accumulate of convolutions and matrix products, forward pass
+only; softmaxes, norms, activations and weighted means are not counted. That is the convention of
+torch's `FlopCounterMode`, which these figures equal, and of the paper's GFLOP per image (Tables 1
+and 8), which they meet within 0.6 % from below.
+
+Shape legend: M tokens, d width, h hidden width of an MLP, E experts, P slots per expert.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from timm.layers import Mlp
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+from encoders.soft_moe import SoftMoE
+
+CAPACITY_MULTIPLE = 4
+SOFT_ROUTERS = ("soft", "soft_uniform", "uniform_soft")
+
+
+def expert_rows(
+    router: str,
+    tokens: int,
+    num_experts: int = 1,
+    *,
+    slots_per_expert: int = 1,
+    capacity_factor: float = 1.0,
+    top_k: int = 1,
+    group_size: int = 1,
+) -> float:
+    """Rows that all experts together process per image; a dense MLP processes M.
+
+    This is what a routed layer costs: E * P slots for Soft MoE whatever E is, top_k *
+    capacity_factor * M for Tokens Choice (a capacity is rounded up to a multiple of 4, with
+    `group_size` images sharing buffers, hence a fraction), capacity_factor * M for Experts Choice,
+    and E * M for the token mixtures, where every expert sees every token.
+
+    Raises:
+        ValueError: no formula for this router.
+    """
+    group = group_size * tokens
+    match router:
+        case "dense":
+            return tokens
+        case "soft" | "soft_uniform" | "uniform_soft" | "identity":
+            return num_experts * slots_per_expert
+        case "uniform":  # the slots of an expert are equal
+            return num_experts
+        case "tokens_choice":
+            capacity = math.ceil(group * top_k * capacity_factor / num_experts)
+            capacity = CAPACITY_MULTIPLE * math.ceil(capacity / CAPACITY_MULTIPLE)
+            return num_experts * capacity / group_size
+        case "experts_choice":
+            capacity = min(group, round(group * capacity_factor / num_experts))
+            return num_experts * capacity / group_size
+        case "token_mixture" | "image_mixture" | "hierarchical_mixture":
+            return num_experts * tokens
+    raise ValueError(f"router '{router}' has no closed form here: count with FlopCounterMode")
+
+
+def mlp_flops(
+    router: str, tokens: int, dim: int, hidden_dim: int, num_experts: int = 1, **routing: Any
+) -> int:
+    """Operations per image of one dense MLP (router "dense") or routed layer.
+
+    Args:
+        router: "dense" or a name in `encoders.routers.ROUTERS`.
+        tokens: M.
+        dim: d.
+        hidden_dim: h.
+        num_experts: E.
+        **routing: see `expert_rows`.
+
+    Raises:
+        ValueError: no formula for this router.
+    """
+    rows = expert_rows(router, tokens, num_experts, **routing)
+    experts = round(4 * rows * dim * hidden_dim)
+    if router in SOFT_ROUTERS:  # logits, dispatch and combine
+        return experts + 6 * tokens * dim * round(rows)
+    if router in ("dense", "identity", "uniform"):
+        return experts
+    # Scores of E experts; gathering, and weighting outputs, are no matrix products of this size.
+    scored = 1 if router == "image_mixture" else tokens
+    return experts + 2 * scored * dim * num_experts
+
+
+def attention_flops(tokens: int, dim: int) -> int:
+    """Operations per image of self-attention: four d x d projections and two M x M products."""
+    return 8 * tokens * dim * dim + 4 * tokens * tokens * dim
+
+
+def image_flops(model: VisionTransformer) -> dict[str, int]:
+    """Operations per image of a dense or Soft MoE vision transformer, by part; also on "meta".
+
+    Args:
+        model: a timm VisionTransformer or ours, with pooling that has no parameters. Patch dropout
+            is not considered: these are the operations of inference.
+
+    Returns:
+        "patch_embed", "attention", "mlp" (dense blocks), "routed" (Soft MoE blocks) and "head".
+
+    Raises:
+        ValueError: a layer in place of an MLP, or a pooling, that this count does not know.
+    """
+    if model.attn_pool is not None:
+        raise ValueError(f"global_pool='{model.global_pool}': no closed form for this pooling")
+    patches, dim = model.patch_embed.num_patches, model.embed_dim
+    tokens = patches + model.num_prefix_tokens
+    kernel = model.patch_embed.proj.weight
+    counts = {"patch_embed": 2 * patches * kernel.numel(), "attention": 0, "mlp": 0, "routed": 0}
+    for index, block in enumerate(model.blocks):
+        counts["attention"] += attention_flops(tokens, dim)
+        mlp: Any = block.mlp
+        if isinstance(mlp, SoftMoE):
+            _, experts, slots = mlp.phi.shape
+            hidden = mlp.experts.fc1_weight.shape[-1]
+            counts["routed"] += mlp_flops(
+                "soft", tokens, dim, hidden, experts, slots_per_expert=slots
+            )
+        elif isinstance(mlp, Mlp):
+            width: Any = mlp.fc1.out_features
+            counts["mlp"] += mlp_flops("dense", tokens, dim, width)
+        else:
+            raise ValueError(
+                f"blocks.{index}.mlp: no closed form for {type(mlp).__name__}; add up"
+                " mlp_flops of its router, or count with FlopCounterMode"
+            )
+    after = [layer for name, layer in model.named_modules() if not name.startswith("blocks.")]
+    counts["head"] = sum(2 * m.weight.numel() for m in after if isinstance(m, nn.Linear))
+    return counts

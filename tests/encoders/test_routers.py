@@ -1,0 +1,70 @@
+"""Building routed layers by name: options, capacity, refusals."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from encoders import routers
+from encoders.routers import build_routed_layer, router_options, slots_for_capacity
+from encoders.soft_moe import SoftMoE
+
+
+class WithGroups(SoftMoE):
+    """A layer that hands on what it does not know, and has an option called router."""
+
+    def __init__(self, dim: int, num_experts: int, *, router: str = "plain", **rest: Any) -> None:
+        super().__init__(dim, num_experts, **rest)
+        self.router = router
+
+
+def build(router: str = "soft", /, **options: Any) -> Any:
+    return build_routed_layer(router, 8, 4, 16, tokens=10, **options)
+
+
+def test_options_reach_the_layer() -> None:
+    layer = build(slots_per_expert=3, noise_std=0.5, normalize=False, dropout=0.1)
+    assert layer.phi.shape == (8, 4, 3)
+    assert layer.experts.fc1_weight.shape == (4, 8, 16)
+    assert (layer.noise_std, layer.normalize, layer.experts.dropout.p) == (0.5, False, 0.1)
+
+
+def test_options_of_a_base_class_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(routers.ROUTERS, "with_groups", WithGroups)
+    assert router_options("with_groups") == router_options("soft") | {"router"}
+    layer = build("with_groups", router="fancy", slots_per_expert=2)
+    assert (layer.router, layer.phi.shape[2]) == ("fancy", 2)
+
+
+# 196 tokens at factor 1 and 10 tokens are the cases of the public router; the last two are halves.
+@pytest.mark.parametrize(
+    ("tokens", "experts", "factor", "slots"),
+    [(196, 128, 1.0, 2), (196, 32, 1.0, 6), (256, 256, 1.0, 1), (10, 4, 1.0, 2), (14, 4, 1.0, 4)],
+)
+def test_capacity_gives_slots(tokens: int, experts: int, factor: float, slots: int) -> None:
+    assert slots_for_capacity(tokens, experts, factor) == slots
+
+
+def test_capacity_factor_becomes_slots() -> None:
+    assert build(capacity_factor=2.0).phi.shape == (8, 4, 5)
+
+
+@pytest.mark.parametrize(
+    ("router", "options", "message"),
+    [
+        ("sofd", {}, "'sofd' does not exist; did you mean soft"),
+        ("soft", {"noise_sdt": 1.0}, "no option 'noise_sdt'; did you mean noise_std"),
+        ("soft", {"top_k": 2}, "no option 'top_k'; choose from: identical_experts, noise_std"),
+        ("soft", {"dim": 2}, "no option 'dim'"),
+        ("soft", {"capacity_factor": 0.2}, "capacity_factor=0.2 gives 4 experts no slot"),
+        ("soft", {"capacity_factor": -1.0}, "capacity_factor=-1.0 gives 4 experts no slot"),
+        ("soft", {"capacity_factor": 1.0, "slots_per_expert": 2}, "exclude each other"),
+        ("soft", {"slots_per_expert": 0}, "slots_per_expert must be at least 1, got 0"),
+    ],
+)
+def test_what_a_layer_does_not_take_is_refused(
+    router: str, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        build(router, **options)
