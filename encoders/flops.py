@@ -1,7 +1,7 @@
 """Floating-point operations per image, in closed form.
 
 Convention: two operations per multiply-accumulate of convolutions and matrix products, forward pass
-only; softmaxes, norms, activations and weighted means are not counted. That is the convention of
+only; softmaxes, norms, activations and plain means are not counted. That is the convention of
 torch's `FlopCounterMode`, which these figures equal, and of the paper's GFLOP per image (Tables 1
 and 8), which they meet within 0.6 % from below.
 
@@ -21,6 +21,7 @@ from encoders.soft_moe import SoftMoE
 
 CAPACITY_MULTIPLE = 4
 SOFT_ROUTERS = ("soft", "soft_uniform", "uniform_soft")
+MIXTURES = ("token_mixture", "image_mixture", "hierarchical_mixture")
 
 
 def expert_rows(
@@ -58,7 +59,7 @@ def expert_rows(
         case "experts_choice":
             capacity = min(group, round(group * capacity_factor / num_experts))
             return num_experts * capacity / group_size
-        case "token_mixture" | "image_mixture" | "hierarchical_mixture":
+        case _ if router in MIXTURES:
             return num_experts * tokens
     raise ValueError(f"router '{router}' has no closed form here: count with FlopCounterMode")
 
@@ -67,6 +68,9 @@ def mlp_flops(
     router: str, tokens: int, dim: int, hidden_dim: int, num_experts: int = 1, **routing: Any
 ) -> int:
     """Operations per image of one dense MLP (router "dense") or routed layer.
+
+    Of the mixtures this is the form that weighs outputs by scores of expert embeddings; scores of
+    groups, or of a router with its own layers, come on top.
 
     Args:
         router: "dense" or a name in `encoders.routers.ROUTERS`.
@@ -85,9 +89,10 @@ def mlp_flops(
         return experts + 6 * tokens * dim * round(rows)
     if router in ("dense", "identity", "uniform"):
         return experts
-    # Scores of E experts; gathering, and weighting outputs, are no matrix products of this size.
     scored = 1 if router == "image_mixture" else tokens
-    return experts + 2 * scored * dim * num_experts
+    experts += 2 * scored * dim * num_experts
+    # Mixtures weigh E outputs per token by a product, the sparse routers gather rows.
+    return experts + (2 * tokens * num_experts * dim if router in MIXTURES else 0)
 
 
 def attention_flops(tokens: int, dim: int) -> int:

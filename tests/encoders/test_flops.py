@@ -97,9 +97,9 @@ def test_rows_of_the_other_routers() -> None:
 def test_every_row_costs_one_dense_mlp() -> None:
     dense = mlp_flops("dense", 10, 16, 32)
     assert dense == counted(ExpertMLP(1, 16, 32), 1, 10, 16)
-    scores = 2 * 10 * 16 * 4
-    assert mlp_flops("token_mixture", 10, 16, 32, 4) == 4 * dense + scores
-    assert mlp_flops("image_mixture", 10, 16, 32, 4) == 4 * dense + scores / 10
+    scores = weighing = 2 * 10 * 16 * 4
+    assert mlp_flops("token_mixture", 10, 16, 32, 4) == 4 * dense + scores + weighing
+    assert mlp_flops("image_mixture", 10, 16, 32, 4) == 4 * dense + scores / 10 + weighing
     assert mlp_flops("identity", 10, 16, 32, 10) == dense
     assert mlp_flops("experts_choice", 10, 16, 32, 5) == dense + 2 * 10 * 16 * 5
 
