@@ -60,8 +60,9 @@ def test_float64_equals_the_formula_with_every_gradient(
 
 
 def test_identity_wants_as_many_slots_as_tokens() -> None:
-    with pytest.raises(ValueError, match=r"7 tokens meet 3 experts x 2 slots.*= 7"):
-        IdentityRouting(8, 3, 2)(torch.randn(1, 7, 8))
+    for tokens in (7, 12):
+        with pytest.raises(ValueError, match=rf"{tokens} tokens meet 3 experts x 2 .*= {tokens}"):
+            IdentityRouting(8, 3, 2)(torch.randn(1, tokens, 8))
 
 
 def test_identity_moves_nothing_between_tokens() -> None:

@@ -210,6 +210,15 @@ def test_ties_go_to_the_first(case: str) -> None:
     assert torch.equal(assigned(layer, gates, capacity), expected)
 
 
+def test_among_many_equal_tokens_the_earliest_stay() -> None:
+    """Enough of them that an unstable sort would show."""
+    gates = torch.full((1, 300, 2), 0.5)
+    for layer in (TokensChoice(2, 2), ExpertsChoice(2, 2)):
+        token, filled = layer.assign(gates, 100)
+        assert token[0, 0].tolist() == list(range(100))
+        assert filled[0, 0].all()
+
+
 WORKED_GATES = torch.tensor([[0.4, 0, 0.2], [0.5, 0.1, 0.4], [0.3, 0.2, 0.6]])
 
 
