@@ -11,6 +11,7 @@ from torch import Tensor
 
 from classification.config import ClassifierConfig
 from classification.losses import LOSSES, smooth_targets
+from encoders.auxiliary_losses import add_auxiliary_losses, routed_layers
 from encoders.pixels import Normalize
 from encoders.variants import input_size
 from training.objective import Batch, Metrics, Objective
@@ -47,6 +48,7 @@ SETTINGS = (
 class ClassificationObjective(Objective):
     """Softmax or sigmoid cross-entropy of a timm model, with timm's mixup and label smoothing.
 
+    The loss includes the auxiliary losses of the model's routed layers, in training.
     Batches hold `image` uint8 (B, 3, H, W) and `label` int64 (B,) or float (B, C).
 
     Raises:
@@ -56,6 +58,7 @@ class ClassificationObjective(Objective):
     def __init__(self, model: Any, config: ClassifierConfig, num_classes: int) -> None:
         super().__init__()
         self.model, self.config, self.num_classes = model, config, num_classes
+        self._routed_layers = routed_layers(model)
         settings = model.pretrained_cfg
         self.normalize = Normalize(settings["mean"], settings["std"])
         self.compute_loss = LOSSES[config.loss]
@@ -78,10 +81,10 @@ class ClassificationObjective(Objective):
         logits = self.model(images)
         with torch.autocast(images.device.type, enabled=False):
             loss = self.compute_loss(logits, targets)
-        metrics = {}
+        metrics: Metrics = {}
         if labels.ndim == 1:
             metrics["batch_accuracy"] = (logits.detach().argmax(-1) == labels).float().mean()
-        return loss, metrics
+        return add_auxiliary_losses(loss, metrics, self._routed_layers), metrics
 
     def config_files(self) -> dict[str, dict[str, Any]]:
         """timm's `config.json`, so that `timm.create_model("local-dir:<checkpoint>")` works."""

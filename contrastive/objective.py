@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from contrastive.config import ContrastiveConfig
 from contrastive.gather import gather_rows, rank
 from contrastive.losses import clip_loss, normalize_features, siglip_loss
+from encoders.auxiliary_losses import add_auxiliary_losses, routed_layers
 from encoders.pixels import Normalize
 from training.objective import Batch, Metrics, Objective
 
@@ -23,7 +24,8 @@ class ContrastiveObjective(Objective):
 
     Batches hold `image` uint8 (b, 3, H, W), `text` int64 (b, L) and optionally `group` int64 (b,)
     (see `contrastive.losses`). Every process contributes its own rows and sees everybody's
-    columns, so that gradients equal those of one process with the whole batch.
+    columns, so that gradients equal those of one process with the whole batch. In training the loss
+    includes the auxiliary losses of the routed layers of both towers.
 
     Args:
         model: an open_clip dual encoder.
@@ -48,6 +50,7 @@ class ContrastiveObjective(Objective):
         super().__init__()
         self.model = model
         self.model_config, self.config = model_config, config
+        self._routed_layers = routed_layers(model)
         self.mean, self.std = mean, std
         self.normalize = Normalize(mean, std)
         self._frozen = frozen
@@ -66,7 +69,8 @@ class ContrastiveObjective(Objective):
         with torch.autocast(batch["image"].device.type, enabled=False):
             image = normalize_features(features["image_features"])
             text = normalize_features(features["text_features"])
-            return self.loss(image, text, features, batch.get("group"))
+            loss, metrics = self.loss(image, text, features, batch.get("group"))
+            return add_auxiliary_losses(loss, metrics, self._routed_layers), metrics
 
     def loss(
         self, image: Tensor, text: Tensor, features: dict[str, Tensor], groups: Tensor | None

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from classification.config import ClassifierConfig
 from classification.objective import ClassificationObjective, build_classifier
+from encoders.sparse_moe import TokensChoice
 from training.checkpoint import CheckpointWriter
 
 TEST = "soft_moe_vit_test_patch16_64"
@@ -78,6 +79,31 @@ def test_mixup_blends_pictures_and_labels_in_training_only() -> None:
     objective.eval()
     plain = F.cross_entropy(logits(objective), batch()["label"])
     torch.testing.assert_close(objective(batch())[0], plain)
+
+
+def test_auxiliary_losses_of_the_model_are_added_in_training() -> None:
+    objective = make_objective()
+    plain = objective(batch())[1]
+    assert set(plain) == {"batch_accuracy"}
+    for block in objective.model.blocks:
+        block.mlp = TokensChoice(objective.model.embed_dim, 4, group_size=2, noise_std=0)
+    objective = ClassificationObjective(objective.model, objective.config, CLASSES)
+    loss, metrics = objective(batch())
+    term = metrics["auxiliary/importance"]
+    assert set(metrics) == {"batch_accuracy", "auxiliary/importance"}
+    assert term > 0
+    assert not term.requires_grad
+    task = F.cross_entropy(logits(objective), batch()["label"])
+    torch.testing.assert_close(loss, task + term)
+    both = [
+        torch.autograd.grad(value, objective.model.blocks[0].mlp.router)[0]
+        for value in (loss, task)
+    ]
+    assert not torch.allclose(*both, rtol=1e-3, atol=0)
+    objective.eval()
+    loss, metrics = objective(batch())
+    torch.testing.assert_close(loss, F.cross_entropy(logits(objective), batch()["label"]))
+    assert set(metrics) == {"batch_accuracy"}
 
 
 @pytest.mark.parametrize("settings", [{"label_smoothing": 1.0}, {"mixup": -1}, {"cutmix": -0.1}])

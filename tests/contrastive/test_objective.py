@@ -23,6 +23,7 @@ from contrastive.dual_encoder import (
     model_config,
 )
 from contrastive.objective import ContrastiveObjective
+from encoders.sparse_moe import TokensChoice
 from encoders.variants import input_size
 from training.checkpoint import CheckpointError, CheckpointWriter
 from training.config import OptimizerConfig, ScheduleConfig, TrainConfig
@@ -95,6 +96,34 @@ def test_a_frozen_tower_stays_as_it_is(tmp_path: Path, tower: str) -> None:
         changed = not torch.equal(value, before[name])
         assert changed != name.startswith(f"{tower}."), name
     assert "visual.head.proj.weight" in before  # the projection on a frozen trunk is trained
+
+
+def test_auxiliary_losses_of_both_towers_are_added_in_training() -> None:
+    model = make_objective().model
+    plain = make_objective()
+    assert set(plain(batch())[1]) == {"batch_accuracy", "logit_scale"}
+    trunk = model.visual.trunk
+    trunk.blocks[-1].mlp = TokensChoice(trunk.embed_dim, 4, group_size=2, noise_std=0)
+    routed = TokensChoice(16, 4, group_size=2, noise_std=0)
+    model.text.ln_final = torch.nn.Sequential(model.text.ln_final, routed)
+
+    def term(frozen: tuple[Any, ...]) -> Tensor:
+        objective = ContrastiveObjective(
+            model, plain.model_config, plain.config, HALF, HALF, frozen
+        )  # fmt: skip
+        torch.manual_seed(0)
+        loss, metrics = objective(batch())
+        torch.manual_seed(0)
+        pixels = objective.normalize(batch()["image"])
+        features = model(pixels, batch()["text"])
+        image, text = (features[f"{tower}_features"] for tower in ("image", "text"))
+        task, _ = objective.loss(image, text, features, None)
+        torch.testing.assert_close(loss, task + metrics["auxiliary/importance"])
+        return metrics["auxiliary/importance"]
+
+    both, image_alone, text_alone = term(()), term((model.text,)), term((trunk,))
+    assert min(image_alone, text_alone) > 0
+    torch.testing.assert_close(both, image_alone + text_alone)
 
 
 def test_settings_freeze_what_was_pretrained() -> None:
