@@ -9,11 +9,24 @@ from typing import Any
 
 import torch
 
+from encoders.fixed_routing import (
+    IdentityRouting,
+    SoftUniformRouting,
+    UniformRouting,
+    UniformSoftRouting,
+)
 from encoders.routed_layer import RoutedLayer
 from encoders.soft_moe import SoftMoE
+from encoders.sparse_moe import ExpertsChoice, TokensChoice
 
 ROUTERS: dict[str, type[RoutedLayer]] = {
     "soft": SoftMoE,
+    "tokens_choice": TokensChoice,
+    "experts_choice": ExpertsChoice,
+    "identity": IdentityRouting,
+    "uniform": UniformRouting,
+    "soft_uniform": SoftUniformRouting,
+    "uniform_soft": UniformSoftRouting,
 }
 
 # What a transformer block knows by itself; everything else of a constructor is an option.
