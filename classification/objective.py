@@ -12,6 +12,7 @@ from torch import Tensor
 from classification.config import ClassifierConfig
 from classification.losses import LOSSES, smooth_targets
 from encoders.pixels import Normalize
+from encoders.temperature import set_training_step, temperature_metrics
 from encoders.variants import input_size
 from training.objective import Batch, Metrics, Objective
 
@@ -78,10 +79,13 @@ class ClassificationObjective(Objective):
         logits = self.model(images)
         with torch.autocast(images.device.type, enabled=False):
             loss = self.compute_loss(logits, targets)
-        metrics = {}
+        metrics: Metrics = temperature_metrics(self.model)
         if labels.ndim == 1:
             metrics["batch_accuracy"] = (logits.detach().argmax(-1) == labels).float().mean()
         return loss, metrics
+
+    def before_step(self, step: int) -> None:
+        set_training_step(self.model, step)
 
     def config_files(self) -> dict[str, dict[str, Any]]:
         """timm's `config.json`, so that `timm.create_model("local-dir:<checkpoint>")` works."""
