@@ -13,6 +13,7 @@ from classification.config import ClassifierConfig
 from classification.losses import LOSSES, smooth_targets
 from encoders.auxiliary_losses import add_auxiliary_losses, routed_layers
 from encoders.pixels import Normalize
+from encoders.temperature import set_training_step, temperature_metrics
 from encoders.variants import input_size
 from training.objective import Batch, Metrics, Objective
 
@@ -81,10 +82,13 @@ class ClassificationObjective(Objective):
         logits = self.model(images)
         with torch.autocast(images.device.type, enabled=False):
             loss = self.compute_loss(logits, targets)
-        metrics: Metrics = {}
+        metrics: Metrics = temperature_metrics(self.model)
         if labels.ndim == 1:
             metrics["batch_accuracy"] = (logits.detach().argmax(-1) == labels).float().mean()
         return add_auxiliary_losses(loss, metrics, self._routed_layers), metrics
+
+    def before_step(self, step: int) -> None:
+        set_training_step(self.model, step)
 
     def config_files(self) -> dict[str, dict[str, Any]]:
         """timm's `config.json`, so that `timm.create_model("local-dir:<checkpoint>")` works."""

@@ -30,6 +30,14 @@ class TextTowerConfig:
     width: int = 512
     heads: int = 8
     layers: int = 12
+    moe_blocks: int | list[int] = 0
+    """Causal Soft MoE in the MLP's place, for open_clip: so many of the last blocks, or indices.
+    Stock open_clip cannot open such a model; our commands can."""
+    num_experts: int = 8
+    """Experts of a routed block; each runs slots_per_expert / slot_block_size times per token."""
+    slots_per_expert: int = 1
+    slot_block_size: int = 1
+    """Successive tokens that share slots: 1 is exact, more is as much cheaper."""
     context_length: int = 77
     """Tokens per caption; longer captions are cut."""
     folder: str = ""

@@ -6,11 +6,15 @@ import math
 from pathlib import Path
 from typing import Any
 
-from open_clip.model import CustomTextCLIP
 from torch import nn
 
 from contrastive.config import ContrastiveConfig, ImageTowerConfig, TextTowerConfig
-from encoders.text_towers import hugging_face_text_config, open_clip_text_config
+from encoders.text_towers import (
+    build_clip,
+    hugging_face_text_config,
+    open_clip_text_config,
+    route_text_blocks,
+)
 from encoders.variants import input_size
 from training.checkpoint import CheckpointError, load_tensors, load_weights, newest_checkpoint
 
@@ -29,6 +33,15 @@ def model_config(
         text_config = open_clip_text_config(
             text.width, text.heads, text.layers, text.context_length
         )
+        text_config = route_text_blocks(
+            text_config,
+            text.moe_blocks,
+            text.num_experts,
+            text.slots_per_expert,
+            text.slot_block_size,
+        )
+    elif text.moe_blocks:
+        raise ValueError("text.moe_blocks needs text.kind open_clip: set it to 0, or change kind")
     else:
         text_config = hugging_face_text_config(text.folder, text.context_length, text.projection)
     vision_config: dict[str, Any] = {
@@ -78,9 +91,8 @@ def _refuse_frozen_noise(image: ImageTowerConfig, text: TextTowerConfig) -> None
 
 
 def build_dual_encoder(config: dict[str, Any]) -> Any:
-    """A fresh model from `model_config`; open_clip's factory builds the same one."""
-    arguments = {name: value for name, value in config.items() if name != "custom_text"}
-    return CustomTextCLIP(**arguments, output_dict=True)
+    """A fresh model from `model_config`, whose calls return a dict of features."""
+    return build_clip(config, output_dict=True)
 
 
 def frozen_parts(

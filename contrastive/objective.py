@@ -13,6 +13,8 @@ from contrastive.gather import gather_rows, rank
 from contrastive.losses import clip_loss, normalize_features, siglip_loss
 from encoders.auxiliary_losses import add_auxiliary_losses, routed_layers
 from encoders.pixels import Normalize
+from encoders.routed_layer import RoutedLayer
+from encoders.temperature import set_training_step, temperature_metrics
 from training.objective import Batch, Metrics, Objective
 
 # Position embeddings of text towers: open_clip's transformer, BERT and RoBERTa, and T5.
@@ -70,6 +72,7 @@ class ContrastiveObjective(Objective):
             image = normalize_features(features["image_features"])
             text = normalize_features(features["text_features"])
             loss, metrics = self.loss(image, text, features, batch.get("group"))
+            metrics |= temperature_metrics(self.model)
             return add_auxiliary_losses(loss, metrics, self._routed_layers), metrics
 
     def loss(
@@ -96,11 +99,17 @@ class ContrastiveObjective(Objective):
     def no_weight_decay(self) -> set[str]:
         named = getattr(self.model.visual.trunk, "no_weight_decay", set)
         names = {f"visual.trunk.{name}" for name in named()} | {"logit_scale", "logit_bias"}
+        for prefix, module in self.model.text.named_modules():
+            if isinstance(module, RoutedLayer):
+                names |= {f"text.{prefix}.{name}" for name in module.no_weight_decay()}
         return {
             name
             for name, _ in self.model.named_parameters()
             if name in names or any(part in name for part in POSITIONS)
         }
+
+    def before_step(self, step: int) -> None:
+        set_training_step(self.model, step)
 
     def after_step(self) -> None:
         if self.config.max_logit_scale:

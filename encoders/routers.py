@@ -18,6 +18,7 @@ from encoders.fixed_routing import (
 from encoders.routed_layer import RoutedLayer
 from encoders.soft_moe import SoftMoE
 from encoders.sparse_moe import ExpertsChoice, TokensChoice
+from encoders.token_mixture import HierarchicalMixture, ImageMixture, TokenMixture
 
 ROUTERS: dict[str, type[RoutedLayer]] = {
     "soft": SoftMoE,
@@ -27,6 +28,9 @@ ROUTERS: dict[str, type[RoutedLayer]] = {
     "uniform": UniformRouting,
     "soft_uniform": SoftUniformRouting,
     "uniform_soft": UniformSoftRouting,
+    "token_mixture": TokenMixture,
+    "image_mixture": ImageMixture,
+    "hierarchical_mixture": HierarchicalMixture,
 }
 
 # What a transformer block knows by itself; everything else of a constructor is an option.

@@ -2,17 +2,27 @@
 
 Two kinds: open_clip's own transformer, trained from scratch on the CLIP byte-pair vocabulary, and a
 Hugging Face model in a local folder, frozen or trained. Each is described by the `text_cfg` part of
-an open_clip model config, so that a checkpoint opens in open_clip as it is.
+an open_clip model config, so that a checkpoint opens in open_clip as it is. The exception is
+open_clip's transformer with Soft MoE in some blocks: open_clip has no such model and refuses its
+description, which `build_clip` understands.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+from open_clip.model import CustomTextCLIP
 from open_clip.tokenizer import DEFAULT_CONTEXT_LENGTH, HFTokenizer, SimpleTokenizer
+from open_clip.transformer import ResidualAttentionBlock
+from torch import nn
 from transformers import AutoConfig, PretrainedConfig
+
+from encoders.causal_soft_moe import CausalSoftMoE
+from encoders.vision_transformer import resolve_moe_blocks
 
 # The architectures that open_clip's HFTextEncoder can wrap (`open_clip/hf_configs.py`).
 MODEL_TYPES = ("bert", "m2m_100", "mt5", "roberta", "xlm-roberta")
@@ -26,6 +36,8 @@ TOKENIZER_FILES = (
     "sentencepiece.bpe.model",
 )
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
+# Where a `text_cfg` describes routed blocks; open_clip refuses the key as an unknown argument.
+ROUTED_BLOCKS = "causal_soft_moe"
 
 
 def open_clip_text_config(
@@ -49,6 +61,89 @@ def open_clip_text_config(
     if width % heads:
         raise ValueError(f"width {width} is not divisible by {heads} heads: change one of them")
     return config
+
+
+def route_text_blocks(
+    text_config: dict[str, Any],
+    moe_blocks: int | Sequence[int],
+    num_experts: int,
+    slots_per_expert: int = 1,
+    block_size: int = 1,
+) -> dict[str, Any]:
+    """`text_cfg` of `open_clip_text_config` with causal Soft MoE in place of some blocks' MLPs.
+
+    Stock open_clip cannot load a checkpoint of such a model and says that it does not know the key
+    `causal_soft_moe`; `build_clip` builds the model that the weights belong to.
+
+    Args:
+        text_config: of open_clip's own transformer.
+        moe_blocks: indices of the routed blocks; an int N means the last N.
+        num_experts, slots_per_expert, block_size: see `encoders.causal_soft_moe.CausalSoftMoE`.
+
+    Raises:
+        ValueError: a Hugging Face model, a block that does not exist, or a size below 1.
+    """
+    if "hf_model_name" in text_config:
+        raise ValueError("moe_blocks need open_clip's text transformer, not a Hugging Face model")
+    sizes = {
+        "num_experts": num_experts,
+        "slots_per_expert": slots_per_expert,
+        "block_size": block_size,
+    }
+    for name, value in sizes.items():
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    blocks = resolve_moe_blocks(moe_blocks, text_config["layers"])
+    if not blocks:
+        return text_config
+    return text_config | {ROUTED_BLOCKS: {"blocks": list(blocks), **sizes}}
+
+
+class RoutedTextBlock(ResidualAttentionBlock):
+    """The parts of an open_clip block with another module in place of its MLP."""
+
+    def __init__(self, dense: ResidualAttentionBlock, mlp: CausalSoftMoE) -> None:
+        nn.Module.__init__(self)  # the parts exist already
+        for name, module in dense.named_children():
+            self.add_module(name, mlp if name == "mlp" else module)
+
+    def get_weight_dtype(self) -> torch.dtype:
+        return self.get_parameter("mlp.experts.fc1_weight").dtype
+
+
+def build_clip(model_config: dict[str, Any], output_dict: bool = False) -> CustomTextCLIP:
+    """A fresh open_clip dual encoder from its description, routed text blocks included.
+
+    Without routed blocks open_clip's own factory builds the same model. The experts of a routed
+    block start as the MLP that open_clip has drawn for it, so that the tower starts with
+    open_clip's variances; their GELU is the tanh form.
+
+    Args:
+        model_config: `model_cfg` of an `open_clip_config.json` with `custom_text`.
+        output_dict: whether calls return a dict of features.
+    """
+    config = {name: value for name, value in model_config.items() if name != "custom_text"}
+    text_config = dict(config["text_cfg"])
+    routed = text_config.pop(ROUTED_BLOCKS, None)
+    model = CustomTextCLIP(**config | {"text_cfg": text_config}, output_dict=output_dict)
+    if routed is not None:
+        options = {name: value for name, value in routed.items() if name != "blocks"}
+        layers: Any = model.text.transformer.resblocks
+        for index in routed["blocks"]:
+            layers[index] = _route(layers[index], options)
+    return model
+
+
+def _route(block: ResidualAttentionBlock, options: dict[str, Any]) -> RoutedTextBlock:
+    dense: Any = block.mlp
+    fc1, fc2 = dense.c_fc, dense.c_proj
+    layer = CausalSoftMoE(fc1.in_features, hidden_dim=fc1.out_features, **options)
+    with torch.no_grad():
+        layer.experts.fc1_weight.copy_(fc1.weight.T)
+        layer.experts.fc1_bias.copy_(fc1.bias)
+        layer.experts.fc2_weight.copy_(fc2.weight.T)
+        layer.experts.fc2_bias.copy_(fc2.bias)
+    return RoutedTextBlock(block, layer)
 
 
 def hugging_face_text_config(

@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import open_clip
+from safetensors.torch import load_file
 from torch import Tensor
 
 import encoders.variants  # noqa: F401  (registers the image towers with timm)
-from encoders.text_towers import build_tokenizer
+from encoders.text_towers import ROUTED_BLOCKS, build_clip, build_tokenizer
 
 CONFIG_FILE = "open_clip_config.json"
+WEIGHTS_FILE = "open_clip_model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class OpenedModel:
 
 
 def open_model(model: str, pretrained: str | None = None) -> OpenedModel:
-    """Open `model` with open_clip.
+    """Open `model` with open_clip, which refuses routed text blocks: those are built here.
 
     Args:
         model: a run directory (its newest checkpoint), a folder with `open_clip_config.json`, or
@@ -48,15 +50,18 @@ def open_model(model: str, pretrained: str | None = None) -> OpenedModel:
     """
     folder = _find_folder(model)
     name = model if folder is None else f"local-dir:{folder}"
+    description = None if folder is None else _read_description(folder)
     try:
-        opened = open_clip.create_model(name, pretrained=pretrained, require_pretrained=True)
+        if folder and description and ROUTED_BLOCKS in description["model_cfg"]["text_cfg"]:
+            opened = _open_routed(folder, description)
+        else:
+            opened = open_clip.create_model(name, pretrained=pretrained, require_pretrained=True)
     except RuntimeError as error:
         raise ValueError(f"model '{model}' cannot be opened: {error}") from error
     opened.eval()
-    if folder is None:
+    if description is None:
         tokenizer = open_clip.get_tokenizer(name)
     else:
-        description = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
         tokenizer = build_tokenizer(description["model_cfg"]["text_cfg"])
     settings = open_clip.get_model_preprocess_cfg(opened)
     size = settings["size"]
@@ -72,6 +77,29 @@ def open_model(model: str, pretrained: str | None = None) -> OpenedModel:
         interpolation,
         str(folder or model),
     )
+
+
+def _read_description(folder: Path) -> dict[str, Any]:
+    path = folder / CONFIG_FILE
+    try:
+        description = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON ({error}): export the model again") from error
+    if "text_cfg" not in description.get("model_cfg", {}):
+        raise ValueError(f"{path} describes no open_clip model: it lacks model_cfg.text_cfg")
+    return description
+
+
+def _open_routed(folder: Path, description: dict[str, Any]) -> Any:
+    """What open_clip's `create_model` does, for a model that it cannot build."""
+    path = folder / WEIGHTS_FILE
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist: a model with routed text blocks needs it")
+    model: Any = build_clip(description["model_cfg"])
+    model.load_state_dict(load_file(path))
+    settings = description["preprocess_cfg"] | {"size": model.visual.image_size}
+    open_clip.set_model_preprocess_cfg(model, settings)
+    return model
 
 
 def _find_folder(model: str) -> Path | None:

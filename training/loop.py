@@ -180,6 +180,7 @@ class Trainer:
         rate = self.optim.lr * learning_rate_factor(self.step, self.train.steps, self.schedule)
         for group in self.updater.param_groups:
             group["lr"] = rate * group["lr_factor"]
+        self.objective.before_step(self.step)
         parts = split_batch(batch, self.train.accumulation)
         results = []
         for number, part in enumerate(parts, start=1):

@@ -47,6 +47,10 @@ class Objective(nn.Module):
         present = {name for name, _ in self.model.named_parameters()}
         return set(named()) & present if named else set()
 
+    def before_step(self, step: int) -> None:
+        """Called before every optimizer step with its number, counted from the first as 0, for
+        schedules inside the model."""
+
     def after_step(self) -> None:
         """Called after every optimizer step, for constraints such as a largest logit scale."""
 

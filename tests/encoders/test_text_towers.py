@@ -21,10 +21,14 @@ from transformers import (
 )
 
 from encoders import variants
+from encoders.causal_soft_moe import CausalSoftMoE
 from encoders.text_towers import (
+    ROUTED_BLOCKS,
+    build_clip,
     build_tokenizer,
     hugging_face_text_config,
     open_clip_text_config,
+    route_text_blocks,
 )
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "red", "apple", "app", "##s"]
@@ -169,3 +173,95 @@ def test_impossible_sizes_are_refused(change: dict[str, int], problem: str) -> N
     sizes = {"width": 16, "heads": 2, "layers": 1, "context_length": 9} | change
     with pytest.raises(ValueError, match=problem):
         open_clip_text_config(**sizes)
+
+
+ROUTED = {"width": 16, "heads": 2, "layers": 3, "context_length": 9}
+
+
+def routed(blocks: int | list[int] = 1, **options: int) -> dict[str, Any]:
+    return route_text_blocks(open_clip_text_config(**ROUTED), blocks, 3, **options)
+
+
+def build_routed(text_config: dict[str, Any]) -> Any:
+    torch.manual_seed(0)
+    model = {"embed_dim": 8, "vision_cfg": VISION, "text_cfg": text_config, "custom_text": True}
+    return build_clip(model, output_dict=True).eval()
+
+
+def test_routed_blocks_take_the_place_of_mlps() -> None:
+    text = build_routed(routed([0, 2], slots_per_expert=2, block_size=4)).text
+    layers = [block.mlp for block in text.transformer.resblocks]
+    assert [isinstance(layer, CausalSoftMoE) for layer in layers] == [True, False, True]
+    assert layers[0].phi.shape == (16, 3, 2)
+    assert layers[0].block_size == 4
+    assert text.transformer.get_cast_dtype() == torch.float32
+    names = [name for name, _ in text.transformer.resblocks[0].named_children()]
+    assert names == [name for name, _ in text.transformer.resblocks[1].named_children()]
+
+
+def test_a_routed_block_starts_as_the_dense_one() -> None:
+    """Equal experts make equal slots of equal positions, so one repeated token shows the MLP."""
+    dense, routed_model = build(open_clip_text_config(**ROUTED)), build_routed(routed(3))
+    x = torch.randn(2, 1, 16).expand(2, 9, 16)
+    for ours, theirs in zip(
+        routed_model.text.transformer.resblocks, dense.text.transformer.resblocks, strict=True
+    ):
+        # The rest of the difference is that of the two GELUs.
+        torch.testing.assert_close(ours.mlp(x), theirs.mlp(x), rtol=0, atol=1e-3)
+        assert theirs.mlp(x).abs().max() > 0.05
+    assert torch.equal(routed_model.visual.trunk.pos_embed, dense.visual.trunk.pos_embed)
+
+
+@pytest.mark.parametrize("block_size", [1, 4])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_later_token_leaves_earlier_hidden_states_alone(
+    block_size: int, checkpointing: bool
+) -> None:
+    text = build_routed(routed(2, block_size=block_size)).text
+    text.set_grad_checkpointing(checkpointing)
+    tokens = torch.randint(1, 49000, (2, 9), generator=torch.Generator().manual_seed(1))
+    changed = tokens.clone()
+    changed[:, 5] += 1
+
+    def hidden(ids: Tensor) -> list[Tensor]:
+        return text.forward_intermediates(ids, output_fmt="NLC")["text_intermediates"]
+
+    for before, after in zip(hidden(tokens), hidden(changed), strict=True):
+        assert torch.equal(before[:, :5], after[:, :5])
+        assert not torch.allclose(before[:, 5], after[:, 5])
+    assert not torch.equal(encode_text(text, tokens), encode_text(text, changed))
+
+
+def encode_text(text: nn.Module, tokens: Tensor) -> Tensor:
+    return text(tokens).detach()
+
+
+def test_without_routed_blocks_the_description_is_open_clips() -> None:
+    plain = open_clip_text_config(**ROUTED)
+    assert routed(0) == plain
+    ours, theirs = build_routed(plain).state_dict(), build(plain).state_dict()
+    assert all(torch.equal(value, ours[name]) for name, value in theirs.items())
+
+
+def test_open_clip_refuses_routed_blocks() -> None:
+    with pytest.raises(TypeError, match=ROUTED_BLOCKS):
+        build(routed())
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        ({"blocks": 4}, "moe_blocks=4: choose 0 to 3"),
+        ({"blocks": [3]}, r"\[3\] do not exist"),
+        ({"slots_per_expert": 0}, "slots_per_expert must be at least 1, got 0"),
+        ({"block_size": 0}, "block_size must be at least 1"),
+    ],
+)
+def test_impossible_routed_blocks_are_refused(options: dict[str, Any], problem: str) -> None:
+    with pytest.raises(ValueError, match=problem):
+        routed(**options)
+
+
+def test_a_hugging_face_tower_takes_no_routed_blocks(folder: Path) -> None:
+    with pytest.raises(ValueError, match="not a Hugging Face model"):
+        route_text_blocks(hugging_face_text_config(folder, 7), 1, 3)
