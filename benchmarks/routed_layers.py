@@ -36,7 +36,11 @@ from typing import Any
 
 import psutil
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from encoders.expert_products import batched_expert_mlp
+from encoders.experts import ExpertMLP
+from encoders.soft_moe import SoftMoE
 
 TOKENS = 196
 RESULTS = Path(__file__).parent / "results"
@@ -64,17 +68,34 @@ class Setting:
     cases: tuple[Case, ...]
 
 
+class BatchedExperts(ExpertMLP):
+    """Batched over the bank on every device, as a GPU runs it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        bank = (self.fc1_weight, self.fc1_bias, self.fc2_weight, self.fc2_bias)
+        return batched_expert_mlp(x, *bank)
+
+
+class BatchedSoftMoE(SoftMoE):
+    """Soft MoE on batched experts."""
+
+    def __init__(self, dim: int, num_experts: int, slots_per_expert: int) -> None:
+        super().__init__(dim, num_experts, slots_per_expert)
+        self.experts = BatchedExperts(num_experts, dim, 4 * dim)
+
+
 def soft(experts: int, slots: int, against: str | None = "dense MLP") -> Case:
     arguments = {"num_experts": experts, "slots_per_expert": slots}
     return Case(f"SoftMoE {experts}x{slots}", "encoders.soft_moe", "SoftMoE", arguments, against)
 
 
-def peers(experts: int, slots: int) -> tuple[Case, ...]:
-    """PyPI packages; how many times ours they take."""
+def others(experts: int, slots: int) -> tuple[Case, ...]:
+    """The batched form and the PyPI packages; how many times ours they take."""
     ours, shape = f"SoftMoE {experts}x{slots}", f"{experts}x{slots}"
     lucidrains = {"num_experts": experts, "num_slots": slots}
     bwconrad = {"num_experts": experts, "slots_per_expert": slots}
     return (
+        Case(f"batched {shape}", "benchmarks.routed_layers", "BatchedSoftMoE", bwconrad, ours),
         Case(f"soft-moe-pytorch {shape}", "soft_moe_pytorch", "SoftMoE", lucidrains, ours),
         Case(f"soft_moe {shape}", "soft_moe", "SoftMoELayerWrapper", bwconrad, ours),
     )
@@ -85,11 +106,11 @@ TOKENS_CHOICE = Case("TokensChoice 32", "encoders.sparse_moe", "TokensChoice", {
 EXPERTS_CHOICE = replace(TOKENS_CHOICE, label="ExpertsChoice 32", name="ExpertsChoice")
 SPARSE = tuple(replace(case, against=DENSE.label) for case in (TOKENS_CHOICE, EXPERTS_CHOICE))
 SETTINGS = (
-    Setting("S/16, 32 experts", 16, 384, (DENSE, soft(32, 6), *peers(32, 6), *SPARSE)),
-    Setting("S/16, 196 experts", 16, 384, (DENSE, soft(196, 1), *peers(196, 1))),
+    Setting("S/16, 32 experts", 16, 384, (DENSE, soft(32, 6), *others(32, 6), *SPARSE)),
+    Setting("S/16, 196 experts", 16, 384, (DENSE, soft(196, 1), *others(196, 1))),
     Setting("S/16, more experts", 16, 384, (DENSE, soft(16, 12), soft(49, 4), soft(98, 2))),
     Setting("S/16, batch 64", 64, 384, (soft(16, 8, None), soft(128, 1, "SoftMoE 16x8"))),
-    Setting("B/16, 32 experts", 16, 768, (DENSE, soft(32, 6), *peers(32, 6))),
+    Setting("B/16, 32 experts", 16, 768, (DENSE, soft(32, 6), *others(32, 6))),
 )
 
 
@@ -104,7 +125,7 @@ def build(case: Case, width: int) -> nn.Module:
     return layer(width, **case.arguments)
 
 
-def run_pass(layer: nn.Module, tokens: torch.Tensor, name: str) -> None:
+def run_pass(layer: nn.Module, tokens: Tensor, name: str) -> None:
     if name == "forward":
         with torch.no_grad():
             layer(tokens)
