@@ -128,6 +128,7 @@ def test_memory_follows_the_size() -> None:
         like = torch.empty(shape)
         tensor = memory.empty_like(like)
         assert (tensor.shape, tensor.dtype) == (like.shape, like.dtype)
+        assert tensor.data_ptr() % 64 == 0
         del tensor
 
 
