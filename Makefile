@@ -3,12 +3,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install demo demo-long test lint types format clean
+.PHONY: help install demo demo-long test lint types format bench bench-gpu clean
 
 help:
 	@echo "make demo       install, train and evaluate on the embedded pictures, write runs/demo/report.html"
 	@echo "make demo-long  the same with the preset that takes about an hour"
 	@echo "make test       install and run all tests"
+	@echo "make bench      time and memory of the routed layers on the CPU (bench-gpu: on a GPU)"
 	@echo "make lint types check style and types"
 
 $(INSTALLED): pyproject.toml
@@ -40,6 +41,12 @@ types: install
 format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+bench: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.routed_layers
+
+bench-gpu: install
+	$(BIN)/python -m benchmarks.routed_layers --device cuda
 
 clean:
 	rm -rf runs data build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -1,4 +1,4 @@
-"""A bank of expert MLPs, held as stacked tensors and run as two batched matrix products.
+"""A bank of expert MLPs, held as stacked tensors and run as batched matrix products.
 
 Shape legend: E experts, C rows per expert, d width, h hidden width.
 """
@@ -7,7 +7,13 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+
+from encoders.expert_products import (
+    ReusedMemory,
+    batched_expert_mlp,
+    blocked_expert_mlp,
+    can_run_blocked,
+)
 
 
 class ExpertMLP(nn.Module):
@@ -15,7 +21,8 @@ class ExpertMLP(nn.Module):
 
     Parameters are `fc1_weight` (E, d, h), `fc1_bias` (E, h), `fc2_weight` (E, h, d) and
     `fc2_bias` (E, d). One batched product per layer replaces a loop over experts, so the number
-    of launched operators does not depend on E.
+    of launched operators does not depend on E. In eager mode on a CPU the same products run over
+    cache-sized blocks of experts (`encoders/expert_products.py`).
 
     Initialisation follows google-research/vmoe (`vmoe/nn/vit_moe.py`): Xavier uniform with the
     fans of a single expert, biases N(0, 1e-6), and all experts equal unless `identical_init` is
@@ -48,6 +55,7 @@ class ExpertMLP(nn.Module):
         self.fc2_weight = nn.Parameter(torch.empty(num_experts, hidden_dim, dim, **kwargs))
         self.fc2_bias = nn.Parameter(torch.empty(num_experts, dim, **kwargs))
         self.dropout = nn.Dropout(dropout)
+        self._gradient_memory = (ReusedMemory(), ReusedMemory())
         self.init_weights()
 
     def init_weights(self) -> None:
@@ -64,9 +72,11 @@ class ExpertMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (E, C, d) to (E, C, d)."""
-        hidden = torch.baddbmm(self.fc1_bias.unsqueeze(1), x, self.fc1_weight)
-        hidden = self.dropout(F.gelu(hidden, approximate="tanh"))
-        return torch.baddbmm(self.fc2_bias.unsqueeze(1), hidden, self.fc2_weight)
+        bank = (self.fc1_weight, self.fc1_bias, self.fc2_weight, self.fc2_bias)
+        dropout = self.dropout.p if self.training else 0.0
+        if dropout == 0 and can_run_blocked(x):
+            return blocked_expert_mlp(x, bank, self._gradient_memory)
+        return batched_expert_mlp(x, *bank, dropout)
 
     def extra_repr(self) -> str:
         experts, dim, hidden = self.fc1_weight.shape

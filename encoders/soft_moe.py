@@ -39,6 +39,28 @@ def l2_normalize(x: Tensor, dim: int) -> Tensor:
     return x * torch.rsqrt(x.square().sum(dim, keepdim=True) + NORM_EPS)
 
 
+def slots_for_capacity(tokens: int, experts: int, capacity_factor: float = 1.0) -> int:
+    """Slots per expert for `capacity_factor` slots per token, rounded half to even.
+
+    Follows google-research/vmoe (`vmoe/moe.py`). Compute it from the configured number of tokens:
+    the slots are parameters, so they cannot follow the batch.
+
+    Raises:
+        ValueError: an argument is not positive, or the result would be no slot at all.
+    """
+    named = {"tokens": tokens, "experts": experts, "capacity_factor": capacity_factor}
+    for name, value in named.items():
+        if value <= 0:
+            raise ValueError(f"{name} must be positive, got {value}")
+    slots = round(tokens * capacity_factor / experts)
+    if slots < 1:
+        raise ValueError(
+            f"capacity_factor {capacity_factor} leaves {experts} experts without a slot for "
+            f"{tokens} tokens; use fewer experts or at least {experts / tokens:g}"
+        )
+    return slots
+
+
 class SoftMoE(RoutedLayer):
     """Soft MoE in place of a transformer block's MLP: (B, M, d) to (B, M, d).
 
@@ -110,10 +132,12 @@ class SoftMoE(RoutedLayer):
         """Names, relative to this layer, that an optimizer must not decay."""
         return {"phi", "scale", "experts.fc1_bias", "experts.fc2_bias"}
 
-    def route(self, x: Tensor) -> RoutingWeights:
+    def route(self, x: Tensor, padding_mask: Tensor | None = None) -> RoutingWeights:
         """Router only: tokens (B, M, d) to logits, dispatch weights and combine weights (B, M, S).
 
         Dispatch sums to 1 over tokens for each slot, combine sums to 1 over slots for each token.
+        Tokens that `padding_mask` (B, M) marks as true get no dispatch weight, unless the whole
+        image is padding.
         """
         with torch.autocast(x.device.type, enabled=False):
             wide = torch.promote_types(x.dtype, torch.float32)
@@ -123,11 +147,25 @@ class SoftMoE(RoutedLayer):
             logits = tokens @ (self.scale.to(wide) * phi)
             if self.training and self.noise_std > 0:
                 logits = logits + self.noise_std * torch.randn_like(logits)
-            return RoutingWeights(logits, logits.softmax(dim=1), logits.softmax(dim=2))
+            competing = logits
+            if padding_mask is not None:
+                # Not minus infinity: an image that is all padding would become NaN.
+                lowest = torch.finfo(wide).min
+                competing = logits.masked_fill(padding_mask.unsqueeze(-1), lowest)
+            return RoutingWeights(logits, competing.softmax(dim=1), logits.softmax(dim=2))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map tokens (B, M, d) to (B, M, d) in the dtype of `x` (or of autocast)."""
-        _, dispatch, combine = self.route(x)
+    def forward(self, x: Tensor, padding_mask: Tensor | None = None) -> Tensor:
+        """Map tokens (B, M, d) to (B, M, d) in the dtype of `x` (or of autocast).
+
+        Args:
+            x: tokens.
+            padding_mask: (B, M) bool, true where there is no token. Such rows do not influence
+                others, whatever they contain, and come out as zero.
+        """
+        padding = None if padding_mask is None else padding_mask.unsqueeze(-1)
+        if padding is not None:
+            x = x.masked_fill(padding, 0)
+        _, dispatch, combine = self.route(x, padding_mask)
         _, experts, slots_per_expert = self.phi.shape
         batch, _, dim = x.shape
         slots = dispatch.to(x.dtype).transpose(1, 2) @ x  # (B, S, d)
@@ -135,7 +173,8 @@ class SoftMoE(RoutedLayer):
         outputs = self.experts(slots.reshape(experts, batch * slots_per_expert, dim))
         outputs = outputs.view(experts, batch, slots_per_expert, dim).transpose(0, 1)
         outputs = outputs.reshape(batch, experts * slots_per_expert, dim)
-        return combine.to(outputs.dtype) @ outputs
+        mixed = combine.to(outputs.dtype) @ outputs
+        return mixed if padding is None else mixed.masked_fill(padding, 0)
 
     def extra_repr(self) -> str:
         dim, experts, slots = self.phi.shape

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
+from encoders import experts as experts_module
 from encoders.experts import ExpertMLP
-from encoders.soft_moe import SoftMoE
+from encoders.soft_moe import SoftMoE, slots_for_capacity
 
 
 class SlotRecorder(nn.Module):
@@ -177,7 +179,14 @@ def test_routing_starts_almost_uniform(dim: int, dispatch_max: float, combine_ma
     assert combine.amax(2).mean().item() == pytest.approx(combine_max, abs=1e-4)
 
 
-def test_operator_count_does_not_depend_on_the_number_of_experts() -> None:
+@pytest.mark.parametrize("batched", [False, True])
+def test_operator_count_does_not_depend_on_the_number_of_experts(
+    batched: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In blocks it depends on the size of the hidden activations, which is one block here."""
+    if batched:  # as on a GPU
+        monkeypatch.setattr(experts_module, "can_run_blocked", lambda x: False)
+
     def operators(num_experts: int) -> int:
         layer = SoftMoE(8, num_experts, 2, 4)
         x = torch.randn(2, 6, 8, requires_grad=True)
@@ -190,8 +199,8 @@ def test_operator_count_does_not_depend_on_the_number_of_experts() -> None:
 
 def test_compiles_without_a_graph_break() -> None:
     torch.manual_seed(0)
-    layer = SoftMoE(8, 3, 2, 5, identical_experts=False)
-    x = torch.randn(2, 7, 8)
+    layer = SoftMoE(8, 3, 2, 5, identical_experts=False, dtype=torch.float64)
+    x = torch.randn(2, 7, 8, dtype=torch.float64)
     # Traces forward and backward; generating kernels would take a minute and test the compiler.
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     gradients = []
@@ -200,7 +209,7 @@ def test_compiles_without_a_graph_break() -> None:
         module(x).square().sum().backward()
         gradients.append([parameter.grad for parameter in layer.parameters()])
     for eager, traced in zip(*gradients, strict=True):
-        assert_near(traced, eager, 1e-6)
+        assert_near(traced, eager, 1e-12)
 
 
 def test_no_weight_decay_names_the_router_and_the_expert_biases() -> None:
@@ -229,3 +238,87 @@ def test_expert_rows_meet_their_own_expert_only() -> None:
     for parameter in bank.parameters():
         assert parameter.grad is not None
         assert not parameter.grad[[0, 2]].any()
+
+
+def test_padding_has_no_influence() -> None:
+    torch.manual_seed(0)
+    layer = SoftMoE(16, 4, 2, identical_experts=False, dtype=torch.float64)
+    lengths = (9, 5, 1)
+    x = torch.randn(3, 9, 16, dtype=torch.float64)
+    mask = torch.arange(9) >= torch.tensor(lengths)[:, None]
+    garbage = x.masked_fill(mask.unsqueeze(-1), torch.nan).requires_grad_()
+    out = layer(garbage, mask)
+    weight = torch.randn_like(out)
+    gradients = torch.autograd.grad((out * weight).sum(), [garbage, *layer.parameters()])
+
+    alone = [x[i : i + 1, :length].clone().requires_grad_() for i, length in enumerate(lengths)]
+    outs = [layer(image) for image in alone]
+    loss = torch.stack(
+        [(o[0] * w[: len(o[0])]).sum() for o, w in zip(outs, weight, strict=True)]
+    ).sum()
+    references = torch.autograd.grad(loss, [*alone, *layer.parameters()])
+    for i, length in enumerate(lengths):
+        assert_near(out[i, :length], outs[i][0], 1e-13)
+        assert_near(gradients[0][i, :length], references[i][0], 1e-11)
+    assert not out[mask].any()
+    assert not gradients[0][mask].any()
+    for gradient, reference in zip(gradients[1:], references[3:], strict=True):
+        assert_near(gradient, reference, 1e-11)
+
+
+def test_mask_leaves_combine_alone_and_survives_an_empty_image() -> None:
+    torch.manual_seed(0)
+    layer = SoftMoE(16, 4, 2)
+    x = torch.randn(2, 9, 16, requires_grad=True)
+    mask = torch.zeros(2, 9, dtype=torch.bool)
+    mask[0] = True
+    mask[1, 4:] = True
+    _, dispatch, combine = layer.route(x, mask)
+    assert not dispatch[1, 4:].any()
+    assert torch.equal(combine, layer.route(x).combine)
+    out = layer(x, mask)
+    assert not out[0].any()
+    out.square().sum().backward()
+    for leaf in (x, *layer.parameters()):
+        assert leaf.grad is not None
+        assert leaf.grad.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("tokens", "experts", "factor", "slots"),
+    [(196, 128, 1.0, 2), (196, 32, 1.0, 6), (256, 256, 1.0, 1), (5, 2, 1.0, 2), (7, 2, 1.0, 4)],
+)
+def test_capacity_rounds_as_the_reference(
+    tokens: int, experts: int, factor: float, slots: int
+) -> None:
+    assert slots_for_capacity(tokens, experts, factor) == slots
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((98, 196, 1.0), "capacity_factor 1.0 leaves 196 experts"),
+        ((0, 2, 1.0), "tokens"),
+        ((4, 0, 1.0), "experts"),
+        ((4, 2, -1.0), "capacity_factor"),
+    ],
+)
+def test_capacity_without_a_slot_is_refused(
+    arguments: tuple[int, int, float], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        slots_for_capacity(*arguments)
+
+
+def test_gradient_checkpointing_changes_nothing() -> None:
+    torch.manual_seed(0)
+    layer = SoftMoE(8, 3, 2, 5, identical_experts=False)
+    x = torch.randn(2, 7, 8, requires_grad=True)
+    leaves = [x, *layer.parameters()]
+    plain = torch.autograd.grad(layer(x).square().sum(), leaves)
+    out = checkpoint(layer, x, use_reentrant=False)
+    assert isinstance(out, Tensor)
+    for gradient, reference in zip(
+        torch.autograd.grad(out.square().sum(), leaves), plain, strict=True
+    ):
+        assert torch.equal(gradient, reference)
