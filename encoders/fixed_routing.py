@@ -130,9 +130,9 @@ class SoftUniformRouting(SoftMoE):
     Arguments as `SoftMoE`.
     """
 
-    def route(self, x: Tensor) -> RoutingWeights:
+    def route(self, x: Tensor, padding_mask: Tensor | None = None) -> RoutingWeights:
         """As `SoftMoE.route`, with combine weights 1 / S."""
-        weights = super().route(x)
+        weights = super().route(x, padding_mask)
         return weights._replace(
             combine=torch.full_like(weights.combine, 1 / weights.combine.shape[2])
         )
@@ -145,7 +145,11 @@ class UniformSoftRouting(SoftMoE):
     weights lets them drift apart.
     """
 
-    def route(self, x: Tensor) -> RoutingWeights:
-        """As `SoftMoE.route`, with dispatch weights 1 / M."""
-        weights = super().route(x)
-        return weights._replace(dispatch=torch.full_like(weights.dispatch, 1 / x.shape[1]))
+    def route(self, x: Tensor, padding_mask: Tensor | None = None) -> RoutingWeights:
+        """As `SoftMoE.route`, with equal dispatch weights for all tokens that are not padding."""
+        weights = super().route(x, padding_mask)
+        equal = torch.full_like(weights.dispatch, 1 / x.shape[1])
+        if padding_mask is not None:
+            tokens = (~padding_mask).sum(1).clamp_min(1)[:, None, None]
+            equal = (~padding_mask).unsqueeze(-1).expand_as(equal) / tokens
+        return weights._replace(dispatch=equal)

@@ -16,7 +16,7 @@ from encoders.fixed_routing import (
     UniformSoftRouting,
 )
 from encoders.routed_layer import RoutedLayer
-from encoders.soft_moe import SoftMoE
+from encoders.soft_moe import SoftMoE, slots_for_capacity
 from encoders.sparse_moe import ExpertsChoice, TokensChoice
 from encoders.token_mixture import HierarchicalMixture, ImageMixture, TokenMixture
 
@@ -60,24 +60,6 @@ def router_options(router: str) -> frozenset[str]:
         if not variadic:  # a constructor with **kwargs passes them on to the next class
             break
     return frozenset(names - COMMON)
-
-
-def slots_for_capacity(tokens: int, num_experts: int, capacity_factor: float) -> int:
-    """Slots per expert so that all slots together are about `capacity_factor` times the tokens.
-
-    Rounds halves to even, as google-research/vmoe (`projects/soft_moe/router.py`): 196 tokens and
-    factor 1 give 2 slots to each of 128 experts and 6 to each of 32.
-
-    Raises:
-        ValueError: the factor is not positive or so small that an expert would have no slot.
-    """
-    slots = round(tokens * capacity_factor / num_experts)
-    if slots < 1:
-        raise ValueError(
-            f"capacity_factor={capacity_factor} gives {num_experts} experts no slot for {tokens}"
-            f" tokens: choose more than {num_experts / (2 * tokens):.4g} or fewer experts"
-        )
-    return slots
 
 
 def build_routed_layer(

@@ -60,7 +60,7 @@ class SoftMoEVisionTransformer(VisionTransformer):
         num_experts: experts per routed block.
         slots_per_expert: slots per expert; the layer's default, 1, when None.
         capacity_factor: instead of slots_per_expert, all slots as a multiple of the tokens (see
-            `encoders.routers.slots_for_capacity`); routers with a capacity get it as it is. The
+            `encoders.soft_moe.slots_for_capacity`); routers with a capacity get it as it is. The
             number of slots stays when the input size changes later.
         router_noise_std: noise on router logits in training; the layer's default when None.
         identical_experts: start the experts of a layer equal; the layer's default when None.

@@ -87,6 +87,16 @@ def test_batch_mates_do_not_matter(kind: type[FixedRouting] | type[SoftMoE]) -> 
     torch.testing.assert_close(layer(x), alone, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("kind", [SoftUniformRouting, UniformSoftRouting])
+def test_padding_does_not_matter(kind: type[SoftMoE]) -> None:
+    torch.manual_seed(0)
+    layer, x = kind(8, 3, 2), torch.randn(2, 4, 8)
+    padded = torch.cat([x, torch.full((2, 3, 8), torch.nan)], dim=1)
+    out = layer(padded, padded[..., 0].isnan())
+    torch.testing.assert_close(out[:, :4], layer(x), rtol=1e-5, atol=1e-6)
+    assert not out[:, 4:].any()
+
+
 @pytest.mark.parametrize("kind", LAYERS)
 def test_every_layer_decays_only_expert_weights(kind: type[FixedRouting] | type[SoftMoE]) -> None:
     layer = kind(8, 2)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from encoders import routers
-from encoders.routers import build_routed_layer, router_options, slots_for_capacity
+from encoders.routers import build_routed_layer, router_options
 from encoders.soft_moe import SoftMoE
 
 
@@ -37,15 +37,6 @@ def test_options_of_a_base_class_count(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (layer.router, layer.phi.shape[2]) == ("fancy", 2)
 
 
-# 196 tokens at factor 1 and 10 tokens are the cases of the public router; the last two are halves.
-@pytest.mark.parametrize(
-    ("tokens", "experts", "factor", "slots"),
-    [(196, 128, 1.0, 2), (196, 32, 1.0, 6), (256, 256, 1.0, 1), (10, 4, 1.0, 2), (14, 4, 1.0, 4)],
-)
-def test_capacity_gives_slots(tokens: int, experts: int, factor: float, slots: int) -> None:
-    assert slots_for_capacity(tokens, experts, factor) == slots
-
-
 def test_capacity_factor_becomes_slots() -> None:
     assert build(capacity_factor=2.0).phi.shape == (8, 4, 5)
 
@@ -57,8 +48,8 @@ def test_capacity_factor_becomes_slots() -> None:
         ("soft", {"noise_sdt": 1.0}, "no option 'noise_sdt'; did you mean noise_std"),
         ("soft", {"top_k": 2}, "no option 'top_k'; choose from: identical_experts, noise_std"),
         ("soft", {"dim": 2}, "no option 'dim'"),
-        ("soft", {"capacity_factor": 0.2}, "capacity_factor=0.2 gives 4 experts no slot"),
-        ("soft", {"capacity_factor": -1.0}, "capacity_factor=-1.0 gives 4 experts no slot"),
+        ("soft", {"capacity_factor": 0.2}, "capacity_factor 0.2 leaves 4 experts without a slot"),
+        ("soft", {"capacity_factor": -1.0}, "capacity_factor must be positive, got -1.0"),
         ("soft", {"capacity_factor": 1.0, "slots_per_expert": 2}, "exclude each other"),
         ("soft", {"slots_per_expert": 0}, "slots_per_expert must be at least 1, got 0"),
     ],
