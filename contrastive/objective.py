@@ -13,6 +13,7 @@ from contrastive.gather import gather_rows, rank
 from contrastive.losses import clip_loss, normalize_features, siglip_loss
 from encoders.auxiliary_losses import add_auxiliary_losses, routed_layers
 from encoders.pixels import Normalize
+from encoders.routing_statistics import RoutingMonitor
 from training.objective import Batch, Metrics, Objective
 
 # Position embeddings of text towers: open_clip's transformer, BERT and RoBERTa, and T5.
@@ -51,6 +52,7 @@ class ContrastiveObjective(Objective):
         self.model = model
         self.model_config, self.config = model_config, config
         self._routed_layers = routed_layers(model)
+        self._monitor = RoutingMonitor(getattr(model.visual, "trunk", model.visual))
         self.mean, self.std = mean, std
         self.normalize = Normalize(mean, std)
         self._frozen = frozen
@@ -65,11 +67,13 @@ class ContrastiveObjective(Objective):
         return self
 
     def forward(self, batch: Batch) -> tuple[Tensor, Metrics]:
-        features = self.model(self.normalize(batch["image"]), batch["text"])
+        with self._monitor.watch(self.wants_details) as routing:
+            features = self.model(self.normalize(batch["image"]), batch["text"])
         with torch.autocast(batch["image"].device.type, enabled=False):
             image = normalize_features(features["image_features"])
             text = normalize_features(features["text_features"])
             loss, metrics = self.loss(image, text, features, batch.get("group"))
+            metrics |= routing
             return add_auxiliary_losses(loss, metrics, self._routed_layers), metrics
 
     def loss(

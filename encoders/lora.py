@@ -24,7 +24,7 @@ import math
 from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -71,7 +71,7 @@ class LowRank(nn.Module):
 class Place(NamedTuple):
     """Where an adapter sits: the module, the name of its kernel, and the adapter."""
 
-    module: nn.Module
+    module: Any
     kernel: str
     adapter: LowRank
 
@@ -82,7 +82,7 @@ class Lora:
     def __init__(
         self,
         places: dict[str, Place],
-        trained: dict[str, nn.Parameter],
+        trained: dict[str, Tensor],
         rank: int,
         alpha: float,
     ) -> None:

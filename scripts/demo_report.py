@@ -17,7 +17,8 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import resize
 
 from data_pipelines.evaluation import EvaluationSet
-from encoders.routing_report import choose_slots, collect_routing, draw_slot_maps
+from encoders.routing_report import choose_slots, draw_slot_maps
+from encoders.routing_statistics import collect_routing
 from eval.config import EvaluationSetConfig
 from eval.image_text import Embeddings, ImageTextEvaluator
 from eval.open_model import OpenedModel, open_model
