@@ -14,7 +14,7 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LogNorm
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, FigureBase
 from torch import Tensor, nn
 
 from encoders.routing_statistics import relative_entropy
@@ -92,6 +92,22 @@ def draw_slot_maps(
         ValueError: images are no uint8 pictures, numbers of images differ, or the tokens are no
             grid of square patches.
     """
+    width, height = 1.2 * (len(slots) + 1) + 0.9, 1.2 * len(images) + 0.35
+    figure = Figure(figsize=(width, height), dpi=160, layout="constrained")
+    fill_slot_maps(figure, images, dispatch, slots, slots_per_expert)
+    if path is not None:
+        figure.savefig(path)
+    return figure
+
+
+def fill_slot_maps(
+    canvas: FigureBase,
+    images: Tensor,
+    dispatch: Tensor,
+    slots: Sequence[int],
+    slots_per_expert: int = 1,
+) -> None:
+    """Draw the slot maps into a figure or a part of one; see `draw_slot_maps`."""
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
         raise ValueError(f"images must be uint8 (N, 3, H, W), got {images.dtype} {images.shape}")
     if len(images) != len(dispatch):
@@ -104,9 +120,7 @@ def draw_slot_maps(
     norm = LogNorm(1.0, top, clip=True)
     pictures = images.cpu().permute(0, 2, 3, 1)
     rows, columns = len(images), len(slots) + 1
-    width, height = 1.2 * columns + 0.9, 1.2 * rows + 0.35
-    figure = Figure(figsize=(width, height), dpi=160, layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False)
+    axes = canvas.subplots(rows, columns, squeeze=False)
     for row in range(rows):
         _show(axes[row, 0], pictures[row])
         for column in range(1, columns):
@@ -114,10 +128,7 @@ def draw_slot_maps(
     axes[0, 0].set_title("image", fontsize=7)
     for axis, slot in zip(axes[0, 1:], slots, strict=True):
         axis.set_title(f"slot {slot} · expert {slot // slots_per_expert}", fontsize=7)
-    _add_scale(figure, axes, top)
-    if path is not None:
-        figure.savefig(path)
-    return figure
+    _add_scale(canvas, axes, top)
 
 
 def _patch_grid(height: int, width: int, tokens: int) -> tuple[int, int]:
@@ -153,9 +164,9 @@ def _overlay(axis: Axes, picture: Tensor, heat: Tensor, norm: LogNorm) -> None:
     )
 
 
-def _add_scale(figure: Figure, axes: Any, top: float) -> None:
+def _add_scale(canvas: FigureBase, axes: Any, top: float) -> None:
     """A colour bar labelled in multiples of the uniform weight."""
-    bar = figure.colorbar(
+    bar = canvas.colorbar(
         ScalarMappable(LogNorm(1.0, top), HEAT),
         ax=axes,
         aspect=20,

@@ -9,7 +9,7 @@ Shape legend: B images, M tokens, S slots, E experts.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -54,56 +54,63 @@ class RoutingMonitor:
 
 
 @torch.no_grad()
-def collect_routing(model: nn.Module, images: Tensor) -> dict[str, RoutingWeights]:
-    """Run `model` on a batch and return the routing of every layer with slots.
+def collect_routing(model: nn.Module, images: Tensor) -> dict[str, Any]:
+    """Run `model` on a batch and return the routing of every routed layer.
 
     The model runs in eval mode, so without router noise; afterwards every module is back in the
     mode it had, which matters when one tower is frozen in eval mode and another trains.
 
     Args:
-        model: any module that accepts `images` and holds layers whose router returns
-            `RoutingWeights`: `SoftMoE`, its ablations and the fixed routers.
+        model: any module that accepts `images`.
         images: a normalised float batch (B, 3, H, W) on the model's device.
 
     Returns:
-        Routing weights (B, M, S) by module name, in the order of execution.
-
-    Raises:
-        ValueError: the model has no such layer.
-    """
-    routing: dict[str, RoutingWeights] = {}
-
-    def record(name: str, _: Any, weights: Any) -> None:
-        if isinstance(weights, RoutingWeights):
-            routing[name] = weights
-
-    _run(model, images, record)
-    if not routing:
-        raise ValueError(
-            "the model has no layer with slots: build it with moe_blocks of at least 1 and a soft"
-            " or fixed router"
-        )
-    return routing
-
-
-@torch.no_grad()
-def collect_statistics(model: nn.Module, images: Tensor) -> dict[str, dict[str, float]]:
-    """Run `model` in eval mode and return the figures of every routed layer; see `collect_routing`.
-
-    Returns:
-        Figures by name (see `routing_scalars`) by module name; one transfer from the device.
+        What each layer's `route` returned, by module name, in the order of execution.
 
     Raises:
         ValueError: the model has no routed layer.
     """
-    scalars: dict[str, dict[str, Tensor]] = {}
-
-    def record(name: str, layer: Any, routing: Any) -> None:
-        scalars[name] = routing_scalars(layer, routing)
-
-    _run(model, images, record)
-    if not scalars:
+    layers = _routers(model)
+    if not layers:
         raise ValueError("the model has no routed layer: build it with moe_blocks of at least 1")
+    routing: dict[str, Any] = {}
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        with _recording(layers, lambda name, _, found: routing.update({name: found})):
+            model(images)
+    finally:
+        for module, training in modes:
+            module.training = training
+    return routing
+
+
+def collect_soft_routing(model: nn.Module, images: Tensor) -> dict[str, RoutingWeights]:
+    """`collect_routing` of the layers with slots: Soft MoE, its ablations and the fixed routers.
+
+    Raises:
+        ValueError: the model has no such layer.
+    """
+    routing = soft_only(collect_routing(model, images))
+    if not routing:
+        raise ValueError("the model has no layer with slots: build it with a soft or fixed router")
+    return routing
+
+
+def soft_only(routing: Mapping[str, Any]) -> dict[str, RoutingWeights]:
+    """The layers with slots among what `collect_routing` returned."""
+    return {name: found for name, found in routing.items() if isinstance(found, RoutingWeights)}
+
+
+@torch.no_grad()
+def layer_statistics(model: nn.Module, routing: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """Figures (see `routing_scalars`) of what `collect_routing` returned, by module name.
+
+    One transfer from the device.
+    """
+    scalars = {
+        name: routing_scalars(model.get_submodule(name), found) for name, found in routing.items()
+    }
     flat = torch.stack([value for layer in scalars.values() for value in layer.values()]).tolist()
     values = iter(flat)
     return {name: {key: next(values) for key in layer} for name, layer in scalars.items()}
@@ -207,15 +214,3 @@ def _recording(layers: dict[str, Any], record: Callable[[str, Any, Any], None]) 
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _run(model: nn.Module, images: Tensor, record: Callable[[str, Any, Any], None]) -> None:
-    """One pass in eval mode; every module is back in its mode afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        model.eval()
-        with _recording(_routers(model), record):
-            model(images)
-    finally:
-        for module, training in modes:
-            module.training = training

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from pathlib import Path
 from typing import Any
 
@@ -188,3 +189,17 @@ def test_what_cannot_be_adapted_is_refused() -> None:
     add_lora(model, 2)
     with pytest.raises(ValueError, match="has adapters already"):
         add_lora(model, 2)
+
+
+def test_the_example_of_the_documentation_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = (Path(__file__).parents[2] / "docs" / "lora.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(example, names)
+    merged, loaded = names["model"].state_dict(), names["again"].state_dict()
+    assert merged.keys() == loaded.keys() == names["base"].keys()
+    assert all(torch.equal(value, merged[name]) for name, value in loaded.items())
+    assert (merged["head.weight"] != names["base"]["head.weight"]).any()

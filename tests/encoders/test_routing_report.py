@@ -16,7 +16,8 @@ from encoders.routing_report import choose_slots, draw_slot_maps, slot_maps
 from encoders.routing_statistics import (
     RoutingMonitor,
     collect_routing,
-    collect_statistics,
+    collect_soft_routing,
+    layer_statistics,
     routing_scalars,
     routing_statistics,
 )
@@ -62,7 +63,7 @@ def test_collects_what_every_layer_decides() -> None:
     images = torch.randn(2, 3, 64, 64)
     inputs: list[Tensor] = []
     hook = model.blocks[3].mlp.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
-    routing = collect_routing(model, images)
+    routing = collect_soft_routing(model, images)
     hook.remove()
     assert list(routing) == ["blocks.2.mlp", "blocks.3.mlp"]
     assert [module.training for module in model.modules()] == modes
@@ -87,18 +88,17 @@ def test_collecting_restores_the_model_after_an_error() -> None:
 
 
 def test_a_model_without_router_is_refused() -> None:
-    for collect in (collect_routing, collect_statistics):
-        with pytest.raises(ValueError, match="moe_blocks"):
-            collect(nn.Linear(2, 2), torch.zeros(1, 2))
+    with pytest.raises(ValueError, match="moe_blocks"):
+        collect_routing(nn.Linear(2, 2), torch.zeros(1, 2))
     with pytest.raises(ValueError, match="no layer with slots"):
-        collect_routing(thin_model("experts_choice"), torch.randn(1, 3, 64, 64))
+        collect_soft_routing(thin_model("experts_choice"), torch.randn(1, 3, 64, 64))
 
 
 @pytest.mark.parametrize("router", FIGURES)
 def test_every_router_has_figures_that_training_and_reports_share(router: str) -> None:
     slots = {"slots_per_expert": 16} if router == "identity" else {}
     model, images = thin_model(router, **slots), torch.randn(8, 3, 64, 64)
-    collected = collect_statistics(model, images)
+    collected = layer_statistics(model, collect_routing(model, images))
     assert list(collected) == ["blocks.2.mlp", "blocks.3.mlp"]
     assert set(collected["blocks.3.mlp"]) == FIGURES[router]
     model.blocks[0].eval()  # a part that is frozen stays as it is
