@@ -25,10 +25,13 @@ TEST = "soft_moe_vit_test_patch16_64"
 HALF = (0.5, 0.5, 0.5)
 
 
-@pytest.fixture(scope="module")
-def classifier(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> Path:
-    """The run directory of a classification run of two steps."""
-    run_dir = tmp_path_factory.mktemp("runs") / "pretrain"
+@pytest.fixture
+def classifier(
+    fresh_accelerate: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, shards: Path
+) -> Path:
+    """The run directory of a classification run of three steps."""
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    run_dir = tmp_path / "pretrain"
     pretrain.main([
         f"--run_dir={run_dir}", f"--model.name={TEST}", f"--data.shards={shards}/train-*.tar",
         f"--data.classnames={shards}/classnames.txt", "--train.steps=3", "--train.batch_size=4",
@@ -76,10 +79,10 @@ def test_the_largest_model_beside_its_twin(capsys: pytest.CaptureFixture[str]) -
     assert dense == pytest.approx(334.2, rel=0.01)
 
 
-@pytest.mark.parametrize("autocast", [False, True])
-def test_activation_memory_is_what_autograd_keeps(autocast: bool) -> None:
+@pytest.mark.parametrize(("name", "autocast"), [(TEST, True), (dense_twin(TEST), False)])
+def test_activation_memory_is_what_autograd_keeps(name: str, autocast: bool) -> None:
     """The same tensors, counted on a real model; parameters are always there and do not count."""
-    model = timm.create_model(TEST, num_classes=7)
+    model = timm.create_model(name, num_classes=7)
     found = measure(model, (64, 64))
 
     def saved(batch: int) -> int:
@@ -116,9 +119,8 @@ def test_sizes_of_other_routers(router: str, per_image: int) -> None:
     expert = 2 * 32 * 128 + 32 + 128
     assert sizes.expert_parameters == 4 * expert
     assert sizes.image_parameters == sizes.parameters - (4 - per_image) * expert
-    assert (
-        sizes.slot_parameters - twin.parameters == sizes.parameters - twin.parameters - 3 * expert
-    )
+    assert sizes.slot_parameters == sizes.parameters - 3 * expert
+    assert 0 <= sizes.slot_parameters - twin.parameters <= 32 * 4 + 1  # what routers add
     assert sizes.flops > twin.flops / 2
     assert sizes.activation_bytes > 0
     assert model.training
