@@ -13,6 +13,7 @@ from classification.config import ClassifierConfig
 from classification.losses import LOSSES, smooth_targets
 from encoders.auxiliary_losses import add_auxiliary_losses, routed_layers
 from encoders.pixels import Normalize
+from encoders.routing_statistics import RoutingMonitor
 from encoders.temperature import set_training_step, temperature_metrics
 from encoders.variants import input_size
 from training.objective import Batch, Metrics, Objective
@@ -60,6 +61,7 @@ class ClassificationObjective(Objective):
         super().__init__()
         self.model, self.config, self.num_classes = model, config, num_classes
         self._routed_layers = routed_layers(model)
+        self._monitor = RoutingMonitor(model)
         settings = model.pretrained_cfg
         self.normalize = Normalize(settings["mean"], settings["std"])
         self.compute_loss = LOSSES[config.loss]
@@ -79,10 +81,11 @@ class ClassificationObjective(Objective):
         if self.mixup is not None and self.training and labels.ndim == 1:
             images, targets = self.mixup(images, labels)
         targets = smooth_targets(targets, self.num_classes, self.config.label_smoothing)
-        logits = self.model(images)
+        with self._monitor.watch(self.wants_details) as metrics:
+            logits = self.model(images)
         with torch.autocast(images.device.type, enabled=False):
             loss = self.compute_loss(logits, targets)
-        metrics: Metrics = temperature_metrics(self.model)
+        metrics |= temperature_metrics(self.model)
         if labels.ndim == 1:
             metrics["batch_accuracy"] = (logits.detach().argmax(-1) == labels).float().mean()
         return add_auxiliary_losses(loss, metrics, self._routed_layers), metrics

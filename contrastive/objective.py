@@ -14,6 +14,7 @@ from contrastive.losses import clip_loss, normalize_features, siglip_loss
 from encoders.auxiliary_losses import add_auxiliary_losses, routed_layers
 from encoders.pixels import Normalize
 from encoders.routed_layer import RoutedLayer
+from encoders.routing_statistics import RoutingMonitor
 from encoders.temperature import set_training_step, temperature_metrics
 from training.objective import Batch, Metrics, Objective
 
@@ -53,6 +54,7 @@ class ContrastiveObjective(Objective):
         self.model = model
         self.model_config, self.config = model_config, config
         self._routed_layers = routed_layers(model)
+        self._monitor = RoutingMonitor(getattr(model.visual, "trunk", model.visual))
         self.mean, self.std = mean, std
         self.normalize = Normalize(mean, std)
         self._frozen = frozen
@@ -67,12 +69,14 @@ class ContrastiveObjective(Objective):
         return self
 
     def forward(self, batch: Batch) -> tuple[Tensor, Metrics]:
-        features = self.model(self.normalize(batch["image"]), batch["text"])
+        with self._monitor.watch(self.wants_details) as routing:
+            features = self.model(self.normalize(batch["image"]), batch["text"])
         with torch.autocast(batch["image"].device.type, enabled=False):
             image = normalize_features(features["image_features"])
             text = normalize_features(features["text_features"])
             loss, metrics = self.loss(image, text, features, batch.get("group"))
             metrics |= temperature_metrics(self.model)
+            metrics |= routing
             return add_auxiliary_losses(loss, metrics, self._routed_layers), metrics
 
     def loss(

@@ -72,6 +72,13 @@ class IdentityRouting(FixedRouting):
     Arguments as `FixedRouting`; `forward` raises ValueError for another number of tokens.
     """
 
+    def route(self, x: Tensor) -> RoutingWeights:
+        """Tokens (B, S, d) to the weights that `forward` does not compute, for reports."""
+        batch, tokens, _ = x.shape
+        wide = torch.promote_types(x.dtype, torch.float32)
+        weights = torch.eye(tokens, device=x.device, dtype=wide).expand(batch, -1, -1)
+        return RoutingWeights(weights.log(), weights, weights)
+
     def forward(self, x: Tensor) -> Tensor:
         """Map tokens (B, S, d) to (B, S, d) in the dtype of `x` (or of autocast)."""
         batch, tokens, dim = x.shape
@@ -117,6 +124,13 @@ class UniformRouting(FixedRouting):
             device=device,
             dtype=dtype,
         )
+
+    def route(self, x: Tensor) -> RoutingWeights:
+        """Tokens (B, M, d) to the weights that `forward` does not compute, for reports."""
+        slots = self.experts.num_experts * self.slots_per_expert
+        wide = torch.promote_types(x.dtype, torch.float32)
+        logits = torch.zeros(*x.shape[:2], slots, device=x.device, dtype=wide)
+        return RoutingWeights(logits, logits.softmax(1), logits.softmax(2))
 
     def forward(self, x: Tensor) -> Tensor:
         """Map tokens (B, M, d) to (B, M, d) in the dtype of `x` (or of autocast)."""

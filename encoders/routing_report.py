@@ -1,4 +1,4 @@
-"""What the Soft MoE router does: scalars to log and slot maps to look at.
+"""What the Soft MoE router does, to look at: slot maps (see `encoders.routing_statistics`).
 
 Shape legend: B or N images, M tokens, S slots, E experts, h x w the token grid.
 """
@@ -14,93 +14,13 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LogNorm
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, FigureBase
 from torch import Tensor, nn
 
-from encoders.soft_moe import RoutingWeights, SoftMoE
+from encoders.routing_statistics import relative_entropy
 
-# A token that gives the slots less than this part of the average token's S / M is hardly processed.
-# With as many slots as tokens it is the share of the paper's appendix G.
-STARVED_TOKEN = 0.25
 # Pale at the low end, so that weak patches fade into the grey picture below.
 HEAT = "YlOrRd"
-
-
-@torch.no_grad()
-def collect_routing(model: nn.Module, images: Tensor) -> dict[str, RoutingWeights]:
-    """Run `model` on a batch and return the routing of every Soft MoE layer.
-
-    The model runs in eval mode, so without router noise; afterwards every module is back in the
-    mode it had, which matters when one tower is frozen in eval mode and another trains.
-
-    Args:
-        model: any module that holds `SoftMoE` layers and accepts `images`.
-        images: a normalised float batch (B, 3, H, W) on the model's device.
-
-    Returns:
-        Routing weights (B, M, S) by module name, in the order of execution.
-
-    Raises:
-        ValueError: the model has no Soft MoE layer.
-    """
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, SoftMoE)}
-    if not layers:
-        raise ValueError("the model has no SoftMoE layer: build it with moe_blocks of at least 1")
-    routing: dict[str, RoutingWeights] = {}
-    modes = [(module, module.training) for module in model.modules()]
-    handles = []
-    try:
-        for name, layer in layers.items():
-
-            def record(module: SoftMoE, args: tuple[Tensor, ...], _: Any, name: str = name) -> None:
-                routing[name] = module.route(args[0])
-
-            handles.append(layer.register_forward_hook(record))
-        model.eval()
-        model(images)
-    finally:
-        for handle in handles:
-            handle.remove()
-        for module, training in modes:
-            module.training = training
-    return routing
-
-
-@torch.no_grad()
-def routing_statistics(weights: RoutingWeights, num_experts: int) -> dict[str, float]:
-    """Cheap scalars about one layer; one transfer from the device.
-
-    Args:
-        weights: routing of one layer, (B, M, S).
-        num_experts: E; slot s belongs to expert s // (S / E).
-
-    Returns:
-        `dispatch_max`, `combine_max`: mean of the largest weight of a slot, of a token;
-        `dispatch_entropy`, `combine_entropy`: mean entropy, 1 for uniform and 0 for one-hot;
-        `expert_importance_cv`: standard deviation over mean of the combine weight each expert
-        collects, 0 when balanced;
-        `starved_tokens`: share of tokens whose dispatch weights sum to less than a quarter of the
-        average token's, S / M.
-
-    Raises:
-        ValueError: S is no multiple of `num_experts`.
-    """
-    _, dispatch, combine = weights
-    tokens, slots = dispatch.shape[1:]
-    if num_experts < 1 or slots % num_experts:
-        raise ValueError(
-            f"{slots} slots cannot belong to {num_experts} experts: pass the layer's E"
-        )
-    importance = combine.sum((0, 1)).view(num_experts, -1).sum(1)
-    values = {
-        "dispatch_max": dispatch.amax(1).mean(),
-        "combine_max": combine.amax(2).mean(),
-        "dispatch_entropy": _relative_entropy(dispatch, 1).mean(),
-        "combine_entropy": _relative_entropy(combine, 2).mean(),
-        "expert_importance_cv": importance.std(correction=0) / importance.mean(),
-        "starved_tokens": (dispatch.sum(2) < STARVED_TOKEN * slots / tokens).float().mean(),
-    }
-    return dict(zip(values, torch.stack(list(values.values())).tolist(), strict=True))
 
 
 def slot_maps(dispatch: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -134,7 +54,7 @@ def choose_slots(dispatch: Tensor, count: int) -> list[int]:
     if not 1 <= count <= slots:
         raise ValueError(f"count={count}: choose 1 to {slots} slots")
     weights = dispatch.detach().double().cpu()
-    score = 1 - _relative_entropy(weights, 1).mean(0)
+    score = 1 - relative_entropy(weights, 1).mean(0)
     maps = (weights - 1 / tokens).permute(2, 0, 1).flatten(1)
     maps = nn.functional.normalize(maps, dim=1)
     similarity = (maps @ maps.T).clamp_min(0)
@@ -172,6 +92,22 @@ def draw_slot_maps(
         ValueError: images are no uint8 pictures, numbers of images differ, or the tokens are no
             grid of square patches.
     """
+    width, height = 1.2 * (len(slots) + 1) + 0.9, 1.2 * len(images) + 0.35
+    figure = Figure(figsize=(width, height), dpi=160, layout="constrained")
+    fill_slot_maps(figure, images, dispatch, slots, slots_per_expert)
+    if path is not None:
+        figure.savefig(path)
+    return figure
+
+
+def fill_slot_maps(
+    canvas: FigureBase,
+    images: Tensor,
+    dispatch: Tensor,
+    slots: Sequence[int],
+    slots_per_expert: int = 1,
+) -> None:
+    """Draw the slot maps into a figure or a part of one; see `draw_slot_maps`."""
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
         raise ValueError(f"images must be uint8 (N, 3, H, W), got {images.dtype} {images.shape}")
     if len(images) != len(dispatch):
@@ -184,9 +120,7 @@ def draw_slot_maps(
     norm = LogNorm(1.0, top, clip=True)
     pictures = images.cpu().permute(0, 2, 3, 1)
     rows, columns = len(images), len(slots) + 1
-    width, height = 1.2 * columns + 0.9, 1.2 * rows + 0.35
-    figure = Figure(figsize=(width, height), dpi=160, layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False)
+    axes = canvas.subplots(rows, columns, squeeze=False)
     for row in range(rows):
         _show(axes[row, 0], pictures[row])
         for column in range(1, columns):
@@ -194,17 +128,7 @@ def draw_slot_maps(
     axes[0, 0].set_title("image", fontsize=7)
     for axis, slot in zip(axes[0, 1:], slots, strict=True):
         axis.set_title(f"slot {slot} · expert {slot // slots_per_expert}", fontsize=7)
-    _add_scale(figure, axes, top)
-    if path is not None:
-        figure.savefig(path)
-    return figure
-
-
-def _relative_entropy(weights: Tensor, dim: int) -> Tensor:
-    """Entropy along `dim` over its maximum, log(size); 1 where there is only one choice."""
-    size = weights.shape[dim]
-    entropy = torch.special.entr(weights).sum(dim)
-    return entropy / math.log(size) if size > 1 else torch.ones_like(entropy)
+    _add_scale(canvas, axes, top)
 
 
 def _patch_grid(height: int, width: int, tokens: int) -> tuple[int, int]:
@@ -240,9 +164,9 @@ def _overlay(axis: Axes, picture: Tensor, heat: Tensor, norm: LogNorm) -> None:
     )
 
 
-def _add_scale(figure: Figure, axes: Any, top: float) -> None:
+def _add_scale(canvas: FigureBase, axes: Any, top: float) -> None:
     """A colour bar labelled in multiples of the uniform weight."""
-    bar = figure.colorbar(
+    bar = canvas.colorbar(
         ScalarMappable(LogNorm(1.0, top), HEAT),
         ax=axes,
         aspect=20,

@@ -17,7 +17,8 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import resize
 
 from data_pipelines.evaluation import EvaluationSet
-from encoders.routing_report import choose_slots, collect_routing, draw_slot_maps
+from encoders.routing_report import choose_slots, draw_slot_maps
+from encoders.routing_statistics import collect_soft_routing
 from eval.config import EvaluationSetConfig
 from eval.image_text import Embeddings, ImageTextEvaluator
 from eval.open_model import OpenedModel, open_model
@@ -271,9 +272,9 @@ def slot_picture(
     trunk = opened.model.visual.trunk
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (opened.mean, opened.std))
     many = resize(pictures.images[_spread(64, len(pictures.images))], size, antialias=True)
-    layer, routing = list(collect_routing(trunk, (many / 255 - mean) / std).items())[-1]
+    layer, routing = list(collect_soft_routing(trunk, (many / 255 - mean) / std).items())[-1]
     chosen = choose_slots(routing.dispatch, min(columns, routing.dispatch.shape[2]))
-    shown = collect_routing(trunk, (inputs / 255 - mean) / std)[layer]
+    shown = collect_soft_routing(trunk, (inputs / 255 - mean) / std)[layer]
     figure = draw_slot_maps(images, shown.dispatch, chosen)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)

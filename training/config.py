@@ -54,6 +54,9 @@ class TrainConfig:
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     log_every: int = 20
     """Steps between lines of metrics.jsonl."""
+    log_routing: bool = True
+    """Lines also say what the routers of the image encoder do (`routing/...`), which is measured
+    in the steps that are logged only: each process's share of the batch, then the mean."""
     eval_every: int = 0
     """Steps between evaluations; 0 evaluates only at the end."""
     save_every: int = 1000

@@ -134,11 +134,13 @@ class Trainer:
         try:
             while self.step < train.steps:
                 batch = self._next(batches, progress)
+                logs = self._logs(self.step + 1)
+                self.objective.wants_details = logs and train.log_routing
                 loss, norm, metrics = self._update(batch)
                 self.step += 1
                 progress.advance(train.batch_size)
                 last = self.step == train.steps
-                if self.step == 1 or self.step % train.log_every == 0 or last:
+                if logs:
                     self._log(loss, norm, metrics, progress)
                 evaluates = last or _is_due(self.step, train.eval_every)
                 saves = last or _is_due(self.step, train.save_every)
@@ -150,6 +152,9 @@ class Trainer:
             if self.writer is not None:
                 self.writer.close()
         return figures
+
+    def _logs(self, step: int) -> bool:
+        return step in (1, self.train.steps) or step % self.train.log_every == 0
 
     def _announce(self) -> None:
         train, samples = self.train, len(self.stream)

@@ -36,6 +36,9 @@ class Objective(nn.Module):
     """Name of the weights in a checkpoint, chosen so that other libraries find them."""
     splits_batches: bool = True
     """Whether the loss of a batch is the mean of the losses of its parts, as accumulation needs."""
+    wants_details: bool = False
+    """Set by the loop before each step: its metrics are logged, and may include some that cost
+    time to measure."""
 
     def forward(self, batch: Batch) -> tuple[Tensor, Metrics]:
         raise NotImplementedError

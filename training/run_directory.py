@@ -21,7 +21,7 @@ PARTIAL_SETTINGS = SETTINGS + ".partial"
 FREE_SETTINGS = {
     "resume", "run_dir", "evaluation", "data.workers",
     "train.steps", "train.log_every", "train.eval_every", "train.save_every", "train.keep_last",
-    "train.threads", "train.tensorboard",
+    "train.threads", "train.tensorboard", "train.log_routing",
 }  # fmt: skip
 
 

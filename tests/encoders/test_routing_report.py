@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,20 +11,36 @@ from PIL import Image
 from torch import Tensor, nn
 
 from encoders import variants
-from encoders.routing_report import (
-    choose_slots,
+from encoders.routers import ROUTERS
+from encoders.routing_report import choose_slots, draw_slot_maps, slot_maps
+from encoders.routing_statistics import (
+    RoutingMonitor,
     collect_routing,
-    draw_slot_maps,
+    collect_soft_routing,
+    layer_statistics,
+    routing_scalars,
     routing_statistics,
-    slot_maps,
 )
 from encoders.soft_moe import RoutingWeights, SoftMoE
 
+SOFT = {
+    "dispatch_max", "dispatch_entropy", "starved_tokens",
+    "combine_max", "combine_entropy", "expert_importance_cv",
+}  # fmt: skip
+SPARSE = {"unserved_tokens", "expert_load_max", "expert_load_cv"}
+FIGURES = {
+    "soft": SOFT, "identity": SOFT, "uniform": SOFT, "soft_uniform": SOFT, "uniform_soft": SOFT,
+    "tokens_choice": SPARSE | {"dropped_assignments"},
+    "experts_choice": SPARSE | {"served_by_2", "served_by_4"},
+}  # fmt: skip
 
-def thin_model() -> nn.Module:
+
+def thin_model(router: str = "soft", **options: Any) -> nn.Module:
     torch.manual_seed(0)
+    if router in ("soft", "tokens_choice", "experts_choice"):
+        options |= {"router_noise_std": 1.0}
     return variants.soft_moe_vit_micro_patch8_64(
-        embed_dim=24, depth=4, moe_blocks=2, num_experts=4, router_noise_std=1.0
+        embed_dim=24, depth=4, moe_blocks=2, num_experts=4, router=router, **options
     )
 
 
@@ -46,7 +63,7 @@ def test_collects_what_every_layer_decides() -> None:
     images = torch.randn(2, 3, 64, 64)
     inputs: list[Tensor] = []
     hook = model.blocks[3].mlp.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
-    routing = collect_routing(model, images)
+    routing = collect_soft_routing(model, images)
     hook.remove()
     assert list(routing) == ["blocks.2.mlp", "blocks.3.mlp"]
     assert [module.training for module in model.modules()] == modes
@@ -73,6 +90,67 @@ def test_collecting_restores_the_model_after_an_error() -> None:
 def test_a_model_without_router_is_refused() -> None:
     with pytest.raises(ValueError, match="moe_blocks"):
         collect_routing(nn.Linear(2, 2), torch.zeros(1, 2))
+    with pytest.raises(ValueError, match="no layer with slots"):
+        collect_soft_routing(thin_model("experts_choice"), torch.randn(1, 3, 64, 64))
+
+
+@pytest.mark.parametrize("router", FIGURES)
+def test_every_router_has_figures_that_training_and_reports_share(router: str) -> None:
+    slots = {"slots_per_expert": 16} if router == "identity" else {}
+    model, images = thin_model(router, **slots), torch.randn(8, 3, 64, 64)
+    collected = layer_statistics(model, collect_routing(model, images))
+    assert list(collected) == ["blocks.2.mlp", "blocks.3.mlp"]
+    assert set(collected["blocks.3.mlp"]) == FIGURES[router]
+    model.blocks[0].eval()  # a part that is frozen stays as it is
+    modes = [module.training for module in model.modules()]
+    monitor, state = RoutingMonitor(model), torch.get_rng_state()
+    watched_outputs, outputs = [], []
+    for active, results in ((True, watched_outputs), (False, outputs)):
+        torch.set_rng_state(state)
+        with monitor.watch(active) as figures:
+            results.append(model(images))
+        results.append(torch.get_rng_state())
+        model(images)  # outside, so not watched
+        assert len(figures) == active * 2 * len(FIGURES[router])
+        if active:
+            # The clean router's figures: in this pass the noise was on, there it was off.
+            first = {name: value for name, value in figures.items() if "blocks.2" in name}
+            assert not any(value.requires_grad or value.ndim for value in first.values())
+            expected = collected["blocks.2.mlp"]
+            assert {f"routing/blocks.2/{name}": value for name, value in expected.items()} == (
+                pytest.approx({name: value.item() for name, value in first.items()}, abs=1e-6)
+            )
+    assert torch.equal(watched_outputs[0], outputs[0])  # watching draws no random number
+    assert torch.equal(watched_outputs[1], outputs[1])
+    assert [module.training for module in model.modules()] == modes
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_all_routers_are_covered() -> None:
+    asked = {name for name, layer in ROUTERS.items() if hasattr(layer, "route")}
+    assert asked == set(ROUTERS)
+    assert set(FIGURES) <= asked
+
+
+def test_plain_weights_of_a_mixture_have_figures_of_its_experts() -> None:
+    weights = torch.tensor([[1.0, 0.0], [0.5, 0.5]]).expand(3, 2, 2)
+    figures = {name: value.item() for name, value in routing_scalars(None, weights).items()}
+    assert figures == pytest.approx(
+        {"combine_max": 0.75, "combine_entropy": 0.5, "expert_importance_cv": 0.5}
+    )
+
+
+@pytest.mark.parametrize(
+    ("router", "slots"), [("identity", 16), ("uniform", 2), ("soft_uniform", 2)]
+)
+def test_weights_that_a_layer_reports_are_those_it_applies(router: str, slots: int) -> None:
+    torch.manual_seed(0)
+    layer = ROUTERS[router](8, 4, slots, identical_experts=False)
+    x = torch.randn(2, 64, 8)
+    _, dispatch, combine = layer.route(x)
+    inputs = (dispatch.mT @ x).unflatten(1, (4, slots)).transpose(0, 1)
+    outputs = layer.experts(inputs.reshape(4, 2 * slots, 8)).unflatten(1, (2, slots))
+    torch.testing.assert_close(layer(x), combine @ outputs.transpose(0, 1).flatten(1, 2))
 
 
 def test_statistics_of_uniform_routing() -> None:

@@ -226,6 +226,34 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(
     assert [row["step"] for row in metrics(tmp_path)] == [1, 2]
 
 
+class Detailed(Regression):
+    """Tells which steps were asked for details."""
+
+    def forward(self, batch: Batch) -> tuple[Tensor, Metrics]:
+        loss, metrics = super().forward(batch)
+        return loss, metrics | ({"detail": loss.detach()} if self.wants_details else {})
+
+
+@pytest.mark.parametrize("log_routing", [True, False])
+def test_details_are_asked_for_in_logged_steps(tmp_path: Path, log_routing: bool) -> None:
+    trainer = make_trainer(
+        tmp_path, Detailed, steps=5, log_every=3, accumulation=2, log_routing=log_routing
+    )
+    asked = []
+    update = trainer._update
+
+    def spy(batch: Batch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        asked.append(trainer.objective.wants_details)
+        return update(batch)
+
+    trainer._update = spy
+    trainer.fit()
+    assert asked == [log_routing and step in (1, 3, 5) for step in range(1, 6)]
+    rows = metrics(tmp_path)
+    assert [row["step"] for row in rows] == [1, 3, 5]
+    assert all(row.get("detail") == (row["loss"] if log_routing else None) for row in rows)
+
+
 def test_evaluation_changes_nothing(unbroken: Path, tmp_path: Path) -> None:
     probe = Probe()
     trainer = make_trainer(tmp_path, evaluators=(probe,), save_every=4, keep_last=9, eval_every=3)

@@ -1,0 +1,191 @@
+"""Say how large a model is and what its routers do.
+
+python -m scripts.inspect_model soft_moe_vit_huge_patch14_224
+python -m scripts.inspect_model runs/demo/pretrain --images data/emoji --output routing.png
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from scripts.cli import parse_config, run
+
+
+@dataclass
+class Inspection:
+    """What to look at."""
+
+    model: str = ""
+    """A timm name, a run directory or a checkpoint folder; may stand without `--model`, first."""
+    images: str | None = None
+    """A folder of pictures or of shards, or a pattern of shards: also draw what routers do there.
+    This loads the weights; sizes alone need no memory."""
+    output: str = "routing.png"
+    """The figure, with images; PNG, PDF or SVG by suffix."""
+    count: int = 32
+    """Pictures to measure."""
+    rows: int = 4
+    """Pictures to draw."""
+    columns: int = 7
+    """Slots to draw."""
+    block: int | None = None
+    """Block whose slots are drawn; null takes the one whose slots look at the fewest places."""
+    image_keys: list[str] = field(default_factory=lambda: ["jpg", "jpeg", "png", "webp"])
+    """Members of a sample that may hold its picture."""
+
+
+def main(argv: list[str] | None = None) -> None:
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words and not words[0].startswith("-"):
+        words.insert(0, "--model")
+    config = parse_config(Inspection, words, __doc__ or "")
+    run(lambda: inspect_model(config))
+
+
+def inspect_model(config: Inspection) -> None:
+    """Print the sizes, and with images the routing figures, and draw them."""
+    from eval.image_tower import open_image_tower
+
+    _check(config)
+    print_sizes(open_image_tower(config.model, weights=False))
+    if config.images is not None:
+        print()
+        inspect_routing(config, open_image_tower(config.model))
+
+
+def _check(config: Inspection) -> None:
+    if not config.model:
+        raise ValueError("no model given: name a timm model, a run directory or a checkpoint")
+    for name in ("count", "rows", "columns"):
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name} must be at least 1, got {getattr(config, name)}")
+    if not config.output.endswith((".png", ".pdf", ".svg")):
+        raise ValueError(f"output '{config.output}': choose a name that ends in .png, .pdf or .svg")
+
+
+def print_sizes(tower: Any) -> None:
+    """A table of the model's sizes beside its dense twin's."""
+    import timm
+    import torch
+
+    from encoders.model_size import dense_twin, measure
+    from eval.tables import text_table
+
+    sizes = {tower.name: measure(tower.model, (tower.image_size, tower.image_size))}
+    twin = dense_twin(tower.name)
+    if twin is not None:
+        with torch.device("meta"):
+            dense = timm.create_model(
+                twin, num_classes=tower.model.num_classes, img_size=tower.image_size
+            )
+        sizes[twin] = measure(dense, (tower.image_size, tower.image_size))
+    table = [_size_rows(size) for size in sizes.values()]
+    rows = [[name, *(column[name] for column in table)] for name in table[0]]
+    print(text_table([f"{tower.image_size} px, per image", *sizes], rows))
+    print(
+        "FLOPs: forward, 2 per multiply-add. Activations: what eager torch keeps for the backward"
+        "\npass, measured on fake tensors with fused attention, without checkpointing."
+    )
+
+
+def _size_rows(size: Any) -> dict[str, str]:
+    from encoders.model_size import TRAINING_BYTES
+
+    share = size.expert_parameters / size.parameters
+    return {
+        "parameters": _count(size.parameters),
+        "  in experts": f"{100 * share:.1f} %",
+        "  used by one image, at most": _count(size.image_parameters),
+        "  with one expert per layer": _count(size.slot_parameters),
+        "GFLOPs": f"{size.flops / 1e9:.2f}",
+        "activations, float32": _bytes(size.activation_bytes),
+        "activations, bfloat16 autocast": _bytes(size.autocast_activation_bytes),
+        "once: bfloat16 copies of weights": _bytes(size.cast_bytes),
+        "once: weights, gradients, Adam": _bytes(TRAINING_BYTES * size.parameters),
+    }
+
+
+def inspect_routing(config: Inspection, tower: Any) -> None:
+    """Print a table of routing figures and draw the slots' maps."""
+    from data_pipelines.pictures import read_pictures
+    from encoders.pixels import Normalize
+    from encoders.routing_inspection import choose_layer, draw_inspection
+    from encoders.routing_statistics import collect_routing, layer_statistics, soft_only
+
+    source = config.images or ""
+    pictures = read_pictures(source, config.count, tower.image_size, config.image_keys)
+    inputs = Normalize(tower.mean, tower.std)(pictures)
+    routing = collect_routing(tower.model, inputs)
+    what = "" if tower.trained else ", untrained"
+    print(f"routing of {len(pictures)} pictures by {tower.source}{what}")
+    _print_statistics(layer_statistics(tower.model, routing))
+    layers = _inspected_layers(tower.model, soft_only(routing))
+    if not layers:
+        print("no slot maps: the routers of this model have no slots")
+        return
+    blocks = [layer.block for layer in layers]
+    if config.block is not None and config.block not in blocks:
+        raise ValueError(f"block {config.block} has no slots: choose from {_join(blocks)}")
+    shown = choose_layer(layers) if config.block is None else blocks.index(config.block)
+    title = f"{tower.name}{what} · {len(pictures)} pictures"
+    figure = draw_inspection(
+        pictures, layers, shown, rows=config.rows, columns=config.columns, title=title
+    )
+    figure.savefig(config.output)
+    print(f"figure: {config.output}")
+
+
+def _print_statistics(statistics: Mapping[str, Mapping[str, float]]) -> None:
+    from eval.tables import short, text_table
+
+    names = list(dict.fromkeys(name for layer in statistics.values() for name in layer))
+    rows = [
+        [layer.removesuffix(".mlp"), *(short(figures.get(name)) for name in names)]
+        for layer, figures in statistics.items()
+    ]
+    print(text_table(["layer", *names], rows))
+
+
+def _inspected_layers(model: Any, routing: Mapping[str, Any]) -> list[Any]:
+    """Layers with slots, in the order of blocks; class and register tokens left out."""
+    from encoders.routing_inspection import InspectedLayer
+
+    layers = []
+    for name, weights in routing.items():
+        layer, patches = model.get_submodule(name), slice(model.num_prefix_tokens, None)
+        phi = getattr(layer, "phi", None)
+        layers.append(
+            InspectedLayer(
+                block=int(name.split(".")[1]),
+                dispatch=weights.dispatch[:, patches],
+                combine=weights.combine[:, patches],
+                num_experts=layer.experts.num_experts,
+                phi=None if phi is None else phi.detach().flatten(1),
+            )
+        )
+    return layers
+
+
+def _count(number: int) -> str:
+    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= size:
+            return f"{number / size:,.2f} {unit}"
+    return str(number)
+
+
+def _bytes(number: int) -> str:
+    for unit, size in (("TiB", 2**40), ("GiB", 2**30), ("MiB", 2**20)):
+        if number >= size:
+            return f"{number / size:,.1f} {unit}"
+    return f"{number / 2**10:,.1f} KiB"
+
+
+def _join(numbers: Sequence[int]) -> str:
+    return ", ".join(map(str, numbers))
+
+
+if __name__ == "__main__":
+    main()
