@@ -25,7 +25,7 @@ demo: install
 	$(BIN)/python -m scripts.demo
 
 demo-long: install
-	$(BIN)/python -m scripts.demo --run_dir runs/demo_long --pretrain null \
+	$(BIN)/python -m scripts.demo --run_dir runs/demo_long --pretrain configs/demo_long_pretrain.yaml \
 		--contrastive configs/demo_long.yaml
 
 test: install
