@@ -12,6 +12,9 @@ from torchvision.transforms.v2 import functional as F
 
 from data_pipelines.config import AugmentationConfig
 
+# Up to this size affine changes, bilinear and without antialias, are made at twice the size: they
+# blur by about a pixel, which small pictures cannot spare and large ones do not notice.
+SMALL = 64
 _LARGEST = {
     "flip": 1.0,
     "rotate": 180.0,
@@ -39,8 +42,8 @@ def train_transform(image_size: int, config: AugmentationConfig) -> nn.Module:
     steps: list[nn.Module] = []
     bicubic = {"interpolation": InterpolationMode.BICUBIC, "antialias": True}
     affine = config.rotate or config.translate or tuple(config.zoom) != (1.0, 1.0)
-    # The affine change is bilinear without antialias: at twice the size it blurs and breaks less.
-    first_size = 2 * image_size if affine else image_size
+    doubled = affine and image_size <= SMALL
+    first_size = 2 * image_size if doubled else image_size
     if tuple(config.crop_scale) == (1.0, 1.0):
         steps.append(v2.Resize((first_size, first_size), **bicubic))
     else:
@@ -61,6 +64,7 @@ def train_transform(image_size: int, config: AugmentationConfig) -> nn.Module:
                 fill=config.background,
             )
         )
+    if doubled:
         steps.append(v2.Resize((image_size, image_size), **bicubic))
     linear = (config.brightness, config.contrast, config.saturation, config.channel_mixing)
     if any(linear):

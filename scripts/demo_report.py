@@ -278,12 +278,14 @@ def slot_picture(
     figure = draw_slot_maps(images, shown.dispatch, chosen)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
+    down, across = trunk.patch_embed.grid_size
     return Picture(
         f"What slots look at ({layer})",
         buffer.getvalue(),
         alt=f"Heat maps of {len(chosen)} slots over {rows} pictures",
-        note="Dispatch weights of the last Soft MoE layer, in multiples of a uniform weight. The"
-        " slots are chosen because they are concentrated and differ from one another.",
+        note=f"The model sees a picture as {down} x {across} patches. Shown are dispatch weights of"
+        " the last Soft MoE layer, in multiples of a uniform weight, of slots that are"
+        " concentrated and differ from one another.",
     )
 
 

@@ -59,7 +59,7 @@ def test_commands_run_in_the_order_of_the_readme(tmp_path: Path) -> None:
     (example,) = re.findall(
         r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL
     )
-    example = example.replace("step_00000800", "step_00000002")  # the end of the tiny run
+    example = example.replace("step_00000400", "step_00000002")  # the end of the tiny run
     result = subprocess.run(
         [sys.executable, "-c", example], cwd=tmp_path, capture_output=True, text=True, check=False
     )

@@ -13,6 +13,8 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2 import functional as F
 
 from data_pipelines.config import AugmentationConfig
 from data_pipelines.decode import DecodeError, decode_rgb
@@ -219,6 +221,7 @@ def test_every_shape_becomes_a_square_of_bytes(size: tuple[int, int]) -> None:
         brightness=0.2,
         contrast=0.2,
         saturation=0.2,
+        channel_mixing=0.1,
         hue=0.1,
         grayscale=0.5,
     )
@@ -273,6 +276,7 @@ def test_the_defaults_only_crop() -> None:
         {"brightness": 0.5},
         {"contrast": 0.5},
         {"saturation": 0.5},
+        {"channel_mixing": 0.1},
         {"hue": 0.3},
         {"grayscale": 0.5},
     ],
@@ -286,6 +290,42 @@ def test_changes_are_drawn_from_torch(settings: dict[str, object]) -> None:
 
     assert torch.equal(draw(3), draw(3))
     assert any(not torch.equal(draw(3), draw(seed)) for seed in range(8))
+
+
+@pytest.mark.parametrize("name", ["brightness", "contrast", "saturation"])
+def test_colour_factors_mean_what_torchvision_makes_of_them(name: str) -> None:
+    config = AugmentationConfig(crop_scale=(1.0, 1.0), **{name: 0.4})
+    picture = image(24, 24).clamp(70, 180)  # no factor reaches the ends of the range
+    torch.manual_seed(1)
+    changed = train_transform(24, config)(picture)
+    torch.manual_seed(1)
+    index = ["brightness", "contrast", "saturation"].index(name)
+    factor = 0.6 + 0.8 * torch.rand(3)[index].item()
+    expected = getattr(F, f"adjust_{name}")(picture, factor)
+    assert (changed.int() - expected.int()).abs().max() <= 1
+    assert (changed.int() - picture.int()).abs().max() > 5
+
+
+def test_channel_mixing_changes_colours_and_keeps_greys() -> None:
+    transform = train_transform(8, AugmentationConfig(crop_scale=(1.0, 1.0), channel_mixing=0.2))
+    grey = torch.full((3, 8, 8), 90, dtype=torch.uint8)
+    assert torch.equal(transform(grey), grey)
+    red = torch.tensor([200, 20, 20], dtype=torch.uint8).view(3, 1, 1).expand(3, 8, 8)
+    assert not torch.equal(transform(red), red)
+
+
+def test_small_pictures_stay_sharp_under_affine_changes() -> None:
+    """Nearer to the same change of a large picture than one at the small size comes."""
+    squares = torch.randint(256, (3, 24, 24), generator=torch.Generator().manual_seed(0))
+    picture = squares.to(torch.uint8).repeat_interleave(16, 1).repeat_interleave(16, 2)
+    change = {"angle": 0.0, "translate": [0, 0], "scale": 0.8, "shear": [0.0], "fill": 255.0}
+    bilinear = InterpolationMode.BILINEAR
+    shrink = eval_transform(24)
+    expected = shrink(F.affine(picture, interpolation=bilinear, **change)).float()
+    config = AugmentationConfig(crop_scale=(1.0, 1.0), zoom=(0.8, 0.8))
+    error = (train_transform(24, config)(picture) - expected).abs().mean()
+    plain = F.affine(shrink(picture), interpolation=bilinear, **change)
+    assert error < 0.6 * (plain - expected).abs().mean()
 
 
 def test_rotations_go_both_ways() -> None:
@@ -317,6 +357,7 @@ def test_the_background_is_grey() -> None:
         {"translate": 2.0},
         {"zoom": (0.0, 1.0)},
         {"brightness": -0.5},
+        {"channel_mixing": 1.5},
         {"hue": 0.6},
     ],
 )
