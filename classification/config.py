@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 
 @dataclass
@@ -12,6 +12,9 @@ class ClassifierConfig:
 
     name: str = "soft_moe_vit_small_patch16_224"
     """Any timm name works; ours begin with `soft_moe_vit_`."""
+    arguments: dict[str, Any] = field(default_factory=dict)
+    """Further arguments of the model: {router: tokens_choice, num_experts: 32} and whatever else
+    `encoders.vision_transformer` takes (docs/routers.md)."""
     loss: Literal["softmax", "sigmoid"] = "softmax"
     """softmax cross-entropy, or the paper's sigmoid cross-entropy summed over classes."""
     label_smoothing: float = 0.0

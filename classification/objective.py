@@ -23,13 +23,19 @@ def build_classifier(config: ClassifierConfig, num_classes: int) -> Any:
     """A fresh timm model with a head for `num_classes` classes.
 
     Raises:
-        ValueError: timm does not know the name.
+        ValueError: timm does not know the name, or the model does not take an argument.
     """
     input_size(config.name)  # refuses names that timm does not know
     options: dict[str, Any] = {"num_classes": num_classes, "drop_path_rate": config.drop_path}
     if config.patch_dropout:
         options["patch_drop_rate"] = config.patch_dropout
-    return timm.create_model(config.name, **options)
+    twice = sorted(options.keys() & config.arguments)
+    if twice:
+        raise ValueError(f"model.arguments must not set {', '.join(twice)}: other settings do")
+    try:
+        return timm.create_model(config.name, **options | config.arguments)
+    except TypeError as error:
+        raise ValueError(f"model.arguments do not suit {config.name}: {error}") from error
 
 
 # What timm has to know of a saved model, of the settings that it keeps of every model.
@@ -101,6 +107,7 @@ class ClassificationObjective(Objective):
                 "architecture": self.config.name,
                 "num_classes": self.num_classes,
                 "num_features": self.model.num_features,
+                "model_args": self.config.arguments,
                 "pretrained_cfg": {name: settings[name] for name in SETTINGS if name in settings}
                 | {"num_classes": self.num_classes},
             }

@@ -16,7 +16,7 @@ class AugmentationConfig:
     crop_scale: tuple[float, float] = (0.9, 1.0)
     """Smallest and largest share of the picture's area that a crop keeps; [1, 1] only resizes."""
     crop_ratio: tuple[float, float] = (0.75, 1.3333)
-    """Smallest and largest aspect ratio of the crop."""
+    """Smallest and largest aspect ratio of the crop; without effect when crop_scale is [1, 1]."""
     flip: float = 0.0
     """Probability of a horizontal flip."""
     rotate: float = 0.0
@@ -34,7 +34,8 @@ class AugmentationConfig:
     saturation: float = 0.0
     """Largest relative change of saturation."""
     channel_mixing: float = 0.0
-    """Standard deviation of the share of each colour channel that goes into each other one."""
+    """Standard deviation of the share that each colour channel takes from each other one (at most
+    0.3); greys stay grey."""
     hue: float = 0.0
     """Largest change of hue, as a share of the colour circle (at most 0.5)."""
     grayscale: float = 0.0

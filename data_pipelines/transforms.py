@@ -23,7 +23,7 @@ _LARGEST = {
     "brightness": math.inf,
     "contrast": math.inf,
     "saturation": math.inf,
-    "channel_mixing": 1.0,
+    "channel_mixing": 0.3,
     "hue": 0.5,
     "grayscale": 1.0,
 }
@@ -79,9 +79,8 @@ def train_transform(image_size: int, config: AugmentationConfig) -> nn.Module:
 class _RandomColorMatrix(nn.Module):
     """Brightness, contrast, saturation and channel mixing as one linear map of the colours.
 
-    The factors mean what torchvision's ColorJitter makes of them, in the order above. One product
-    and one clamp take a seventh of ColorJitter's time on small pictures, and nothing is cut off
-    in between.
+    The factors mean what torchvision's ColorJitter makes of them, in the order above; nothing is
+    cut off in between, and small pictures take a few operators in place of dozens.
     """
 
     LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)
@@ -100,9 +99,9 @@ class _RandomColorMatrix(nn.Module):
         brightness, contrast, saturation = self.lowest + self.width * torch.rand(3).numpy()
         matrix = saturation * np.eye(3, dtype=np.float32) + (1 - saturation) * self.LUMA
         if self.channel_mixing:
-            mixing = np.eye(3) + self.channel_mixing * torch.randn(3, 3).numpy()
-            # The shares of an output channel sum to one, so that greys stay grey.
-            matrix = (mixing / mixing.sum(1, keepdims=True)).astype(np.float32) @ matrix
+            shares = self.channel_mixing * torch.randn(3, 3).numpy() * (1 - np.eye(3, dtype="f4"))
+            # What other channels give, the own one gives up: greys stay grey.
+            matrix = matrix + shares @ matrix - shares.sum(1, keepdims=True) * matrix
         colors = image.flatten(1).numpy().astype(np.float32)
         mean = self.LUMA @ colors.mean(1)
         colors = (brightness * contrast * matrix) @ colors + brightness * (1 - contrast) * mean

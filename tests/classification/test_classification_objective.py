@@ -117,10 +117,33 @@ def test_an_unknown_model_is_refused() -> None:
         build_classifier(ClassifierConfig("soft_moe_vit_huge"), 3)
 
 
-@pytest.mark.parametrize("name", [TEST, "test_vit", "test_resnet"])
-def test_a_checkpoint_opens_in_timm(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"num_classes": 3}, "must not set num_classes"),
+        ({"rooter": "soft"}, "model.arguments do not suit soft_moe_vit_test_patch16_64: .*rooter"),
+        ({"router": "sotf"}, "'sotf' does not exist; did you mean soft"),
+    ],
+)
+def test_arguments_that_do_not_suit_are_refused(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build_classifier(ClassifierConfig(TEST, arguments=arguments), 3)
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        (TEST, {}),
+        ("test_vit", {}),
+        ("test_resnet", {}),
+        (TEST, {"router": "soft_uniform", "num_experts": 6}),
+        (TEST, {"router": "experts_choice", "moe_blocks": "every_1"}),
+        (TEST, {"router_options": {"normalize": False}, "pos_embed": "none"}),
+    ],
+)
+def test_a_checkpoint_opens_in_timm(tmp_path: Path, name: str, arguments: dict[str, Any]) -> None:
     torch.manual_seed(0)
-    config = ClassifierConfig(name, drop_path=0.1)
+    config = ClassifierConfig(name, drop_path=0.1, arguments=arguments)
     model = build_classifier(config, CLASSES).eval()
     objective = ClassificationObjective(model, config, CLASSES)
     writer = CheckpointWriter(tmp_path, 1)
