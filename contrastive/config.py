@@ -69,7 +69,7 @@ class ContrastiveConfig:
     label_smoothing: float = 0.0
     """Share of the targets that is spread evenly, for clip over the columns and for siglip over
     yes and no."""
-    tile_rows: int = 512
-    """Rows whose logits exist at a time; fewer need less memory, more run faster on a GPU."""
+    tile_rows: int = 256
+    """Rows whose logits exist at a time; fewer need less memory, more keep a GPU busier."""
     check_features: bool = False
     """Stop with the side and row of the first feature that is not finite; waits for the device."""

@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from contrastive.targets import Targets
 from contrastive.tiles import (
@@ -34,7 +33,7 @@ from contrastive.tiles import (
     scaled_gradients,
 )
 
-TILE_ROWS = 512
+TILE_ROWS = 256
 
 
 def tiled_clip_loss(
@@ -185,37 +184,41 @@ class _TiledSoftmax(torch.autograd.Function):
 
 def _softmax_tiles(tiles: Tiles, plan: Plan) -> tuple[Tensor, Tensor]:
     walk = _SoftmaxPass(tiles, plan)
-    terms = []
-    for part in tiles:
-        alike, own = walk.alike(part), walk.own(part)
-        logits = tiles.logits(part)
-        walk.observe(part, logits, alike)
-        if (excluded := walk.excluded(part, alike)) is not None:
-            logits.masked_fill_(excluded, LEFT_OUT)
-        largest, best = logits.max(dim=1)
-        walk.score(part, best)
-        share, wanted = walk.share[part], walk.wanted(part, alike)
-        gradient = (logits - largest[:, None]).exp_()
-        total = gradient.sum(dim=1)
-        gradient *= (share / total)[:, None]
-        # Own logits are held against the largest, where rows that match well lose no digits.
-        entropy, heights = total.log(), largest
-        own_logits = 2 * walk.own_logits[part] if walk.both else walk.own_logits[part]
-        if walk.columns is not None:
-            entropy = entropy + walk.columns.log_sum[part]
-            heights = heights + walk.columns.largest[part]
-        if wanted is None:
-            terms.append(share * (entropy - (own_logits - heights)))
-        else:
-            terms.append(share * (entropy + heights) - (wanted * logits).sum(dim=1))
-        if walk.columns is not None:
-            gradient += logits.sub_(walk.columns.lse).exp_().mul_(walk.share)
-        if wanted is None:
-            gradient.index_put_(own, -walk.own_share(part), accumulate=True)
-        else:
-            gradient -= wanted
-        tiles.accumulate(part, gradient)
-    return torch.cat(terms).sum(), walk.diagnostics(walk.column_accuracy)
+    terms = torch.cat([_softmax_tile(tiles, walk, part) for part in tiles])
+    return terms.sum(), walk.diagnostics(walk.column_accuracy)
+
+
+def _softmax_tile(tiles: Tiles, walk: _SoftmaxPass, part: slice) -> Tensor:
+    """Terms (c,) of the loss; a function of its own, so that nothing of a tile outlives it."""
+    alike, own = walk.alike(part), walk.own(part)
+    logits = tiles.logits(part)
+    walk.observe(part, logits, alike)
+    if (excluded := walk.excluded(part, alike)) is not None:
+        logits.masked_fill_(excluded, LEFT_OUT)
+    largest, best = logits.max(dim=1)
+    walk.score(part, best)
+    share, wanted = walk.share[part], walk.wanted(part, alike)
+    gradient = (logits - largest[:, None]).exp_()
+    total = gradient.sum(dim=1)
+    gradient *= (share / total)[:, None]
+    # Own logits are held against the largest, where rows that match well lose no digits.
+    entropy, heights = total.log(), largest
+    own_logits = 2 * walk.own_logits[part] if walk.both else walk.own_logits[part]
+    if walk.columns is not None:
+        entropy = entropy + walk.columns.log_sum[part]
+        heights = heights + walk.columns.largest[part]
+    if wanted is None:
+        terms = share * (entropy - (own_logits - heights))
+    else:
+        terms = share * (entropy + heights) - (wanted * logits).sum(dim=1)
+    if walk.columns is not None:
+        gradient += logits.sub_(walk.columns.lse).exp_().mul_(walk.share)
+    if wanted is None:
+        gradient.index_put_(own, -walk.own_share(part), accumulate=True)
+    else:
+        gradient -= wanted
+    tiles.accumulate(part, gradient)
+    return terms
 
 
 class _TiledSigmoid(torch.autograd.Function):
@@ -241,38 +244,51 @@ class _TiledSigmoid(torch.autograd.Function):
 
 
 def _sigmoid_tiles(tiles: Tiles, plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
-    """A term is softplus(u) - flip * u, where u is the logit, negated at positives, and flip the
-    target's distance from the nearer certainty: no two large numbers cancel for hard targets."""
     walk = Pass(tiles, plan)
     teacher = None if plan.teacher is None else Tiles(*plan.teacher, size=tiles.size)
-    of_bias, terms = tiles.rows.new_zeros(()), []
-    for part in tiles:
-        alike, own = walk.alike(part), walk.own(part)
-        signed = tiles.logits(part)
-        walk.observe(part, signed, alike)
-        excluded = walk.excluded(part, alike)
-        ranked = signed if excluded is None else signed.masked_fill(excluded, LEFT_OUT)
-        walk.score(part, ranked.argmax(dim=1))
-        positives = alike if plan.targets.spreads else None
-        if teacher is None:
-            flip: float | Tensor = plan.targets.label_smoothing / 2
-            _negate(signed, own, positives)
-        else:
-            flip = teacher.logits(part).sigmoid_()
-        losses = F.logsigmoid(-signed).neg_()
-        if plan.teacher is not None or plan.targets.label_smoothing:
-            losses -= flip * signed
-        gradient = signed.sigmoid_().sub_(flip)
-        if excluded is not None:
-            losses.masked_fill_(excluded, 0)
-            gradient.masked_fill_(excluded, 0)
-        terms.append(losses.sum(dim=1) * walk.share[part])
-        if teacher is None:
-            _negate(gradient, own, positives)
-        gradient *= walk.share[part, None]
-        of_bias += gradient.sum()
-        tiles.accumulate(part, gradient)
-    return torch.cat(terms).sum(), walk.diagnostics(), of_bias
+    found = [_sigmoid_tile(tiles, walk, teacher, part) for part in tiles]
+    terms, of_bias = (torch.cat(side) for side in zip(*found, strict=True))
+    return terms.sum(), walk.diagnostics(), of_bias.sum()
+
+
+def _sigmoid_tile(
+    tiles: Tiles, walk: Pass, teacher: Tiles | None, part: slice
+) -> tuple[Tensor, Tensor]:
+    """Terms (c,) of the loss and of the gradient of the bias.
+
+    A pair's term is softplus(u) - flip * u, where u is the logit, negated at positives, and flip
+    what the target lacks of certainty: for hard targets no two large numbers cancel.
+    """
+    alike, own = walk.alike(part), walk.own(part)
+    signed = tiles.logits(part)
+    walk.observe(part, signed, alike)
+    if (excluded := walk.excluded(part, alike)) is not None:
+        signed.masked_fill_(excluded, LEFT_OUT)
+    walk.score(part, signed.argmax(dim=1))
+    positives = alike if walk.targets.spreads else None
+    flip: float | Tensor = walk.targets.label_smoothing / 2
+    if teacher is None:
+        _negate(signed, own, positives)
+    else:
+        flip = teacher.logits(part).sigmoid_()
+    terms = _softplus_sums(signed)
+    if isinstance(flip, Tensor) or flip:
+        known = signed if excluded is None else signed.masked_fill(excluded, 0)
+        terms -= (known * flip).sum(dim=1)
+    gradient = signed.sigmoid_().sub_(flip)
+    if excluded is not None:
+        gradient.masked_fill_(excluded, 0)
+    if teacher is None:
+        _negate(gradient, own, positives)
+    gradient *= walk.share[part, None]
+    tiles.accumulate(part, gradient)
+    return terms * walk.share[part], gradient.sum(dim=1)
+
+
+def _softplus_sums(tile: Tensor) -> Tensor:
+    """Row sums of log(1 + exp(tile)), exact at both ends, with one more tile in memory."""
+    rest = tile.abs().neg_().exp_().log1p_().sum(dim=1)
+    return rest + tile.clamp(min=0).sum(dim=1)
 
 
 def _negate(tile: Tensor, own: tuple[Tensor, Tensor], positives: Tensor | None) -> None:

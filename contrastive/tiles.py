@@ -55,7 +55,7 @@ class Tiles:
     """Tiles of scale * rows @ columns.T + bias, and gradients accumulated from theirs."""
 
     def __init__(
-        self, rows: Tensor, columns: Tensor, scale: Any, bias: Any = None, size: int = 512
+        self, rows: Tensor, columns: Tensor, scale: Any, bias: Any = None, size: int = 256
     ) -> None:
         self.rows, self.columns = widen(rows), widen(columns)
         self.scale, self.bias, self.size = scale, bias, size
