@@ -58,7 +58,18 @@ class ContrastiveConfig:
     """clip: softmax over the batch in both directions; siglip: one sigmoid per pair."""
     logit_scale: float | None = None
     """Initial logit scale; null is 1 / 0.07 for clip and 10 for siglip."""
-    logit_bias: float | None = None
-    """Initial logit bias for siglip; null is -10. clip has none."""
+    logit_bias: float | Literal["batch"] | None = None
+    """Initial logit bias for siglip; null is -10. batch is -ln(batch size - 1): at scale 0 one
+    positive and the negatives of its image then weigh the same. clip has none."""
     max_logit_scale: float = 100.0
     """The logit scale is clamped to this after every step; 0 turns the clamp off."""
+    same_group: Literal["mask", "positive"] = "mask"
+    """Pairs of a batch with the same group mark (of streams that have marks) are left out of each
+    other's negatives, or are positives too."""
+    label_smoothing: float = 0.0
+    """Share of the targets that is spread evenly, for clip over the columns and for siglip over
+    yes and no."""
+    tile_rows: int = 256
+    """Rows whose logits exist at a time; fewer need less memory, more keep a GPU busier."""
+    check_features: bool = False
+    """Stop with the side and row of the first feature that is not finite; waits for the device."""

@@ -20,9 +20,15 @@ from training.checkpoint import CheckpointError, load_tensors, load_weights, new
 
 
 def model_config(
-    image: ImageTowerConfig, text: TextTowerConfig, contrastive: ContrastiveConfig
+    image: ImageTowerConfig,
+    text: TextTowerConfig,
+    contrastive: ContrastiveConfig,
+    batch_size: int | None = None,
 ) -> dict[str, Any]:
     """The model as open_clip describes it: what goes into `open_clip_config.json`.
+
+    Args:
+        batch_size: pairs of a step over all processes, for an initial bias that depends on it.
 
     Raises:
         ValueError: an unknown image tower, an unusable text tower, a setting out of range, or a
@@ -61,20 +67,36 @@ def model_config(
         "text_cfg": text_config,
         "custom_text": True,
     }
-    siglip = contrastive.loss == "siglip"
-    scale = contrastive.logit_scale
+    return config | _initial_logits(contrastive, batch_size)
+
+
+def _initial_logits(contrastive: ContrastiveConfig, batch_size: int | None) -> dict[str, float]:
+    """Initial scale and bias, by open_clip's names, when all settings of the loss are sound."""
+    siglip, scale = contrastive.loss == "siglip", contrastive.logit_scale
     if scale is None:
         scale = 10.0 if siglip else 1 / 0.07
     if scale <= 0:
         raise ValueError(f"contrastive.logit_scale must be positive, got {scale}")
     if contrastive.max_logit_scale < 0:
         raise ValueError("contrastive.max_logit_scale must not be negative; 0 turns it off")
-    config["init_logit_scale"] = math.log(scale)
-    if siglip:
-        config["init_logit_bias"] = (
-            -10.0 if contrastive.logit_bias is None else contrastive.logit_bias
-        )
-    return config
+    if not 0 <= contrastive.label_smoothing < 1:
+        smoothing = contrastive.label_smoothing
+        raise ValueError(f"contrastive.label_smoothing must be in [0, 1), got {smoothing}")
+    if contrastive.tile_rows < 1:
+        raise ValueError(f"contrastive.tile_rows must be at least 1, got {contrastive.tile_rows}")
+    if not siglip:
+        return {"init_logit_scale": math.log(scale)}
+    bias = contrastive.logit_bias
+    if bias is None:
+        bias = -10.0
+    elif bias == "batch":
+        if batch_size is None or batch_size < 2:
+            raise ValueError(
+                "contrastive.logit_bias batch needs a batch of two pairs at least, got"
+                f" {batch_size}: give a number"
+            )
+        bias = -math.log(batch_size - 1)
+    return {"init_logit_scale": math.log(scale), "init_logit_bias": float(bias)}
 
 
 def _refuse_frozen_noise(image: ImageTowerConfig, text: TextTowerConfig) -> None:

@@ -1,11 +1,9 @@
-"""Contrastive losses on features; pure functions, float32 inside.
+"""Contrastive losses on features in their plain form, the definition of the tiled form.
 
 Shape legend: b pairs of this process, B pairs of all processes, D embedding width. `offset` is
-the place of this process's first pair among all B, so the positives of row i are column
-offset + i. The mean of these losses over processes is the loss of the global batch.
-
-`groups` (b,) and `all_groups` (B,) are optional int64 marks: pairs with equal marks show the same
-thing and are not treated as negatives of each other. Positives stay the pairs themselves.
+the place of this process's first pair among all B, so the own column of row i is offset + i. The
+mean of these losses over processes is the loss of the global batch. All (b, B) logits are kept for
+backward; `contrastive.tiled_losses` computes the same without.
 """
 
 from __future__ import annotations
@@ -14,10 +12,33 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from contrastive.targets import Targets
+
 
 def normalize_features(features: Tensor) -> Tensor:
     """Unit rows in float32 (float64 stays), whatever the compute precision was."""
-    return F.normalize(features.to(torch.promote_types(features.dtype, torch.float32)), dim=-1)
+    return F.normalize(widen(features), dim=-1)
+
+
+def widen(tensor: Tensor) -> Tensor:
+    """In float32 at least."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def check_features(image: Tensor, text: Tensor) -> None:
+    """Look for NaN and infinity in features (b, D), which waits for the device.
+
+    Raises:
+        ValueError: names the side and the first bad row of this process's batch.
+    """
+    for side, features in (("image", image), ("text", text)):
+        bad = ~features.isfinite().all(dim=1)
+        if bad.any():
+            first, count = int(bad.int().argmax()), int(bad.sum())
+            raise ValueError(
+                f"{side} features are not finite in {count} of {len(bad)} rows, first in row"
+                f" {first} of this process's batch: look at that sample and at the {side} tower"
+            )
 
 
 def clip_loss(
@@ -27,8 +48,7 @@ def clip_loss(
     all_text: Tensor,
     logit_scale: Tensor,
     offset: int = 0,
-    groups: Tensor | None = None,
-    all_groups: Tensor | None = None,
+    targets: Targets | None = None,
 ) -> Tensor:
     """Softmax cross-entropy over the batch, mean of both directions (Radford et al., 2021).
 
@@ -36,15 +56,40 @@ def clip_loss(
         image, text: unit rows (b, D) of this process.
         all_image, all_text: unit rows (B, D) of all processes.
         logit_scale: 0-D, already exponentiated.
+        offset: own column of the first row.
+        targets: options; None is the own pair alone.
 
     Returns:
-        0-D loss, the mean over the b rows of this process.
+        0-D loss, the mean over the b rows of this process; float32, or float64 for such features.
     """
-    targets = torch.arange(len(image), device=image.device) + offset
-    excluded = _same_group(groups, all_groups, targets)
-    by_image = _mask(logit_scale * image @ all_text.T, excluded, -torch.inf)
-    by_text = _mask(logit_scale * text @ all_image.T, excluded, -torch.inf)
-    return (F.cross_entropy(by_image, targets) + F.cross_entropy(by_text, targets)) / 2
+    targets = targets or Targets()
+    teacher = targets.teacher
+    to_text = to_image = None
+    if teacher is not None:
+        to_text = (teacher.logit_scale * teacher.image @ teacher.all_text.T).softmax(dim=1)
+        to_image = (teacher.logit_scale * teacher.text @ teacher.all_image.T).softmax(dim=1)
+    by_image = _cross_entropy(image, all_text, logit_scale, offset, targets, to_text)
+    by_text = _cross_entropy(text, all_image, logit_scale, offset, targets, to_image)
+    return (by_image + by_text) / 2
+
+
+def _cross_entropy(
+    rows: Tensor,
+    columns: Tensor,
+    scale: Tensor,
+    offset: int,
+    targets: Targets,
+    wanted: Tensor | None,
+) -> Tensor:
+    logits = scale * widen(rows) @ widen(columns).T
+    positive, excluded = _pairs(logits, offset, targets)
+    if wanted is None:
+        share, kept = targets.label_smoothing, (~excluded).to(logits.dtype)
+        wanted = (1 - share) * positive / positive.sum(dim=1, keepdim=True)
+        wanted = wanted + share * kept / kept.sum(dim=1, keepdim=True)
+    # Not lse - logits: those differ by little where rows match well.
+    likely = logits.masked_fill(excluded, -torch.inf).log_softmax(dim=1).masked_fill(excluded, 0.0)
+    return -_mean((wanted * likely).sum(dim=1), targets)
 
 
 def siglip_loss(
@@ -53,31 +98,36 @@ def siglip_loss(
     logit_scale: Tensor,
     logit_bias: Tensor,
     offset: int = 0,
-    groups: Tensor | None = None,
-    all_groups: Tensor | None = None,
+    targets: Targets | None = None,
 ) -> Tensor:
     """Sigmoid loss over all pairs, summed over texts, mean over images (Zhai et al., 2023).
 
     Args:
         image: unit rows (b, D) of this process; all_text: unit rows (B, D) of all processes.
         logit_scale: 0-D, already exponentiated; logit_bias: 0-D.
+        offset, targets, and what is returned: as in `clip_loss`.
     """
-    targets = torch.arange(len(image), device=image.device) + offset
-    logits = logit_scale * image @ all_text.T + logit_bias
-    signs = -torch.ones_like(logits)
-    signs[torch.arange(len(image), device=image.device), targets] = 1
-    terms = _mask(F.logsigmoid(signs * logits), _same_group(groups, all_groups, targets), 0.0)
-    return -terms.sum(dim=1).mean()
+    targets = targets or Targets()
+    logits = logit_scale * widen(image) @ widen(all_text).T + logit_bias
+    positive, excluded = _pairs(logits, offset, targets)
+    wanted = (1 - targets.label_smoothing) * positive + targets.label_smoothing / 2
+    if (teacher := targets.teacher) is not None:
+        similar = teacher.logit_scale * teacher.image @ teacher.all_text.T
+        wanted = (similar + teacher.logit_bias).sigmoid()
+    terms = wanted * F.logsigmoid(logits) + (1 - wanted) * F.logsigmoid(-logits)
+    return -_mean(terms.masked_fill(excluded, 0.0).sum(dim=1), targets)
 
 
-def _same_group(groups: Tensor | None, all_groups: Tensor | None, targets: Tensor) -> Tensor | None:
-    """(b, B) bool: pairs to leave out, because they share a mark without being the own pair."""
-    if groups is None or all_groups is None:
-        return None
-    same = groups[:, None] == all_groups[None, :]
-    same[torch.arange(len(targets), device=targets.device), targets] = False
-    return same
+def _pairs(logits: Tensor, offset: int, targets: Targets) -> tuple[Tensor, Tensor]:
+    """(b, B) positive pairs, one in the precision of logits, and bool pairs that are left out."""
+    own = torch.zeros_like(logits, dtype=torch.bool)
+    own.diagonal(offset)[: len(logits)] = True
+    alike = own
+    if targets.groups is not None and targets.all_groups is not None:
+        alike = targets.groups[:, None] == targets.all_groups[None, :]
+    positive = alike if targets.spreads else own
+    return positive.to(logits.dtype), alike & ~positive
 
 
-def _mask(values: Tensor, excluded: Tensor | None, fill: float) -> Tensor:
-    return values if excluded is None else values.masked_fill(excluded, fill)
+def _mean(terms: Tensor, targets: Targets) -> Tensor:
+    return (terms if targets.weights is None else terms * targets.weights).mean()

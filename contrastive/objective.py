@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 from contrastive.config import ContrastiveConfig
 from contrastive.gather import gather_rows, rank
-from contrastive.losses import clip_loss, normalize_features, siglip_loss
+from contrastive.losses import check_features, normalize_features
+from contrastive.targets import Targets
+from contrastive.tiled_losses import tiled_clip_loss, tiled_siglip_loss
 from encoders.auxiliary_losses import add_auxiliary_losses, routed_layers
 from encoders.pixels import Normalize
 from encoders.routed_layer import RoutedLayer
@@ -26,7 +28,7 @@ class ContrastiveObjective(Objective):
     """CLIP or SigLIP loss of a dual encoder over the global batch.
 
     Batches hold `image` uint8 (b, 3, H, W), `text` int64 (b, L) and optionally `group` int64 (b,)
-    (see `contrastive.losses`). Every process contributes its own rows and sees everybody's
+    (see `contrastive.targets`). Every process contributes its own rows and sees everybody's
     columns, so that gradients equal those of one process with the whole batch. In training the loss
     includes the auxiliary losses of the routed layers of both towers.
 
@@ -83,21 +85,28 @@ class ContrastiveObjective(Objective):
         self, image: Tensor, text: Tensor, features: dict[str, Tensor], groups: Tensor | None
     ) -> tuple[Tensor, Metrics]:
         """Loss and metrics from unit rows (b, D) of this process."""
-        all_groups = None if groups is None else gather_rows(groups)
-        all_text, offset = gather_rows(text), rank() * len(image)
-        scale = features["logit_scale"]
+        if self.config.check_features:
+            check_features(image, text)
+        targets = Targets(
+            groups,
+            None if groups is None else gather_rows(groups),
+            self.config.same_group,
+            self.config.label_smoothing,
+        )
+        all_text, scale = gather_rows(text), features["logit_scale"]
+        rest = (rank() * len(image), targets, self.config.tile_rows)
+        metrics = {"logit_scale": scale.detach()}
         if self.config.loss == "siglip":
             bias = features["logit_bias"]
-            loss = siglip_loss(image, all_text, scale, bias, offset, groups, all_groups)
+            loss, found = tiled_siglip_loss(image, all_text, scale, bias, *rest)
+            metrics["logit_bias"] = bias.detach()
         else:
-            all_image = gather_rows(image)
-            loss = clip_loss(image, text, all_image, all_text, scale, offset, groups, all_groups)
-        with torch.no_grad():
-            own = torch.arange(len(image), device=image.device) + offset
-            accuracy = ((image @ all_text.T).argmax(dim=1) == own).float().mean()
-        metrics = {"batch_accuracy": accuracy, "logit_scale": scale.detach()}
-        if self.config.loss == "siglip":
-            metrics["logit_bias"] = features["logit_bias"].detach()
+            loss, found = tiled_clip_loss(image, text, gather_rows(image), all_text, scale, *rest)
+        metrics["batch_accuracy"] = found.image_accuracy
+        if found.text_accuracy is not None:
+            metrics["batch_accuracy_text"] = found.text_accuracy
+        metrics["positive_logit"] = found.positive_logit
+        metrics["negative_logit"] = found.negative_logit
         return loss, metrics
 
     def no_weight_decay(self) -> set[str]:

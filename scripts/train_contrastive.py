@@ -60,7 +60,9 @@ def train(config: ContrastiveRun) -> None:
     from scripts.launch import Launch
 
     launch = Launch(config)
-    description = model_config(config.image, config.text, config.contrastive)
+    description = model_config(
+        config.image, config.text, config.contrastive, config.train.batch_size
+    )
     image_size = description["vision_cfg"]["image_size"]
     tokenizer = build_tokenizer(description["text_cfg"])
     stream = image_text_stream(

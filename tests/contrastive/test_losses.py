@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from contrastive.losses import clip_loss, normalize_features, siglip_loss
+from contrastive.losses import check_features, clip_loss, normalize_features, siglip_loss
+from contrastive.targets import Targets, Teacher
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "losses.npz"
 
@@ -109,20 +111,21 @@ def test_parts_with_offsets_average_to_the_definition(kind: str, scale: float, p
 def test_pairs_of_one_group_are_not_negatives() -> None:
     image, text, scale = rows(0, 4), rows(1, 4), torch.tensor(3.0).double()
     groups = torch.tensor([5, 6, 5, 7])
+    targets = Targets(groups, groups)
     keep = torch.ones(4, 4, dtype=torch.bool)
     keep[0, 2] = keep[2, 0] = False
     logits = torch.where(keep, scale * image @ text.T, -torch.inf)
     rowwise = (logits.logsumexp(1) - logits.diagonal()).mean()
     columnwise = (logits.logsumexp(0) - logits.diagonal()).mean()
-    loss = clip_loss(image, text, image, text, scale, 0, groups, groups)
+    loss = clip_loss(image, text, image, text, scale, 0, targets)
     torch.testing.assert_close(loss, (rowwise + columnwise) / 2)
 
     bias = torch.tensor(-1.0).double()
     signs = 2 * torch.eye(4).double() - 1
     terms = -torch.nn.functional.logsigmoid(signs * (scale * image @ text.T + bias))
-    loss = siglip_loss(image, text, scale, bias, 0, groups, groups)
+    loss = siglip_loss(image, text, scale, bias, 0, targets)
     torch.testing.assert_close(loss, terms[keep].sum() / 4)
-    half = siglip_loss(image[2:], text, scale, bias, 2, groups[2:], groups)
+    half = siglip_loss(image[2:], text, scale, bias, 2, Targets(groups[2:], groups))
     torch.testing.assert_close(half, terms[2:][keep[2:]].sum() / 2)
 
 
@@ -130,7 +133,9 @@ def test_groups_without_repetition_change_nothing() -> None:
     image, text, scale = rows(0), rows(1), torch.tensor(9.0).double()
     groups = torch.arange(7) * 3
     plain = clip_loss(image, text, image, text, scale)
-    assert torch.equal(clip_loss(image, text, image, text, scale, 0, groups, groups), plain)
+    for same_group in ("mask", "positive"):
+        targets = Targets(groups, groups, same_group)
+        assert torch.equal(clip_loss(image, text, image, text, scale, 0, targets), plain)
 
 
 def test_the_largest_scale_is_finite_and_equal_rows_give_ln_of_the_batch() -> None:
@@ -151,3 +156,97 @@ def test_features_are_normalised_in_float32() -> None:
     assert normalize_features(features.double()).dtype == torch.float64
     torch.testing.assert_close(normalize_features(features), torch.tensor([[0.6, 0.8]]))
     assert torch.isfinite(normalize_features(torch.zeros(1, 2))).all()
+
+
+GROUPS = torch.tensor([5, 6, 5, 7, 5, 6, 8])
+ALIKE = GROUPS[:, None] == GROUPS[None, :]
+
+
+def cross_entropy(logits: Tensor, wanted: Tensor, weights: Tensor | float = 1.0) -> Tensor:
+    """Both directions, with targets (B, B) of rows; those of columns are their transpose."""
+    by_row = -(wanted * logits.log_softmax(dim=1)).sum(dim=1) * weights
+    by_column = -(wanted.T * logits.log_softmax(dim=0)).sum(dim=0) * weights
+    return (by_row + by_column).mean() / 2
+
+
+def binary_cross_entropy(logits: Tensor, wanted: Tensor, weights: Tensor | float = 1.0) -> Tensor:
+    likely = logits.sigmoid()
+    terms = wanted * likely.log() + (1 - wanted) * (1 - likely).log()
+    return -(terms.sum(dim=1) * weights).mean()
+
+
+def both_losses(targets: Targets) -> tuple[Tensor, Tensor, Tensor]:
+    """Clip loss and siglip loss of seven pairs, and their common logits (scale 3, bias 0)."""
+    image, text, scale = rows(0), rows(1), torch.tensor(3.0).double()
+    clip = clip_loss(image, text, image, text, scale, 0, targets)
+    siglip = siglip_loss(image, text, scale, torch.zeros(()).double(), 0, targets)
+    return clip, siglip, scale * image @ text.T
+
+
+def test_pairs_of_one_group_can_be_positives() -> None:
+    clip, siglip, logits = both_losses(Targets(GROUPS, GROUPS, "positive"))
+    shares = ALIKE / ALIKE.sum(dim=1, keepdim=True)
+    torch.testing.assert_close(clip, cross_entropy(logits, shares))
+    torch.testing.assert_close(siglip, binary_cross_entropy(logits, ALIKE.double()))
+
+
+def test_label_smoothing_is_torchs_own() -> None:
+    clip, siglip, logits = both_losses(Targets(label_smoothing=0.1))
+    by_row, by_column = (
+        torch.nn.functional.cross_entropy(side, torch.arange(7), label_smoothing=0.1)
+        for side in (logits, logits.T)
+    )
+    torch.testing.assert_close(clip, (by_row + by_column) / 2)
+    wanted = torch.eye(7).double() * 0.9 + 0.05
+    torch.testing.assert_close(siglip, binary_cross_entropy(logits, wanted))
+
+
+def test_smoothing_spares_what_is_left_out() -> None:
+    clip, _, logits = both_losses(Targets(GROUPS, GROUPS, "mask", 0.1))
+    keep = ~ALIKE | torch.eye(7, dtype=torch.bool)
+    wanted = 0.9 * torch.eye(7).double() + 0.1 * keep / keep.sum(dim=1, keepdim=True)
+    logits = torch.where(keep, logits, -1e9)
+    torch.testing.assert_close(clip, cross_entropy(logits, wanted))
+
+
+def test_weights_multiply_the_terms_of_rows() -> None:
+    weights = torch.linspace(0, 2, 7).double()
+    clip, siglip, logits = both_losses(Targets(weights=weights))
+    own = torch.eye(7).double()
+    torch.testing.assert_close(clip, cross_entropy(logits, own, weights))
+    torch.testing.assert_close(siglip, binary_cross_entropy(logits, own, weights))
+
+
+def test_a_teacher_gives_soft_targets() -> None:
+    image, text = rows(2, width=3), rows(3, width=3)
+    clip, siglip, logits = both_losses(Targets(teacher=Teacher(image, text, image, text, 4.0, -1)))
+    similar = 4 * image @ text.T
+    by_row = -(similar.softmax(dim=1) * logits.log_softmax(dim=1)).sum(dim=1)
+    by_column = -(similar.softmax(dim=0) * logits.log_softmax(dim=0)).sum(dim=0)
+    torch.testing.assert_close(clip, (by_row + by_column).mean() / 2)
+    torch.testing.assert_close(siglip, binary_cross_entropy(logits, (similar - 1).sigmoid()))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"groups": GROUPS}, "must be given together"),
+        ({"same_group": "drop"}, "must be mask or positive, got 'drop'"),
+        ({"label_smoothing": 1.0}, r"must be in \[0, 1\), got 1"),
+        ({"label_smoothing": 0.1, "teacher": Teacher(*[rows(0)] * 4, 1.0)}, "teacher replaces"),
+    ],
+)
+def test_impossible_targets_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Targets(**options)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_broken_features_are_named(value: float) -> None:
+    good, bad = rows(0), rows(1)
+    check_features(good, bad)
+    bad[4, 2] = bad[6, 0] = value
+    with pytest.raises(ValueError, match=r"text features .* in 2 of 7 rows, first in row 4"):
+        check_features(good, bad)
+    with pytest.raises(ValueError, match="image features"):
+        check_features(normalize_features(bad), good)

@@ -102,7 +102,8 @@ def test_a_frozen_tower_stays_as_it_is(tmp_path: Path, tower: str) -> None:
 def test_auxiliary_losses_of_both_towers_are_added_in_training() -> None:
     model = make_objective().model
     plain = make_objective()
-    assert set(plain(batch())[1]) == {"batch_accuracy", "logit_scale"}
+    names = {"batch_accuracy", "batch_accuracy_text", "positive_logit", "negative_logit"}
+    assert set(plain(batch())[1]) == names | {"logit_scale"}
     trunk = model.visual.trunk
     trunk.blocks[-1].mlp = TokensChoice(trunk.embed_dim, 4, group_size=2, noise_std=0)
     routed = TokensChoice(16, 4, group_size=2, noise_std=0)
@@ -160,17 +161,29 @@ def test_initial_scale_and_bias() -> None:
     assert float(chosen.logit_bias.detach()) == 0
 
 
+def test_a_bias_for_the_batch_weighs_positives_and_negatives_alike() -> None:
+    config = ContrastiveConfig(embed_dim=8, loss="siglip", logit_bias="batch")
+    found = model_config(ImageTowerConfig(TEST), TextTowerConfig(), config, batch_size=512)
+    bias = torch.tensor(found["init_logit_bias"])
+    torch.testing.assert_close((-bias).sigmoid(), 511 * bias.sigmoid())
+    with pytest.raises(ValueError, match="batch of two pairs at least, got 1"):
+        model_config(ImageTowerConfig(TEST), TextTowerConfig(), config, batch_size=1)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"logit_scale": 0.0}, "logit_scale must be positive, got 0"),
         ({"logit_scale": -1.0}, "logit_scale must be positive"),
         ({"max_logit_scale": -1.0}, "max_logit_scale must not be negative"),
+        ({"label_smoothing": 1.0}, r"label_smoothing must be in \[0, 1\), got 1"),
+        ({"tile_rows": 0}, "tile_rows must be at least 1, got 0"),
+        ({"logit_bias": "batch"}, "batch of two pairs at least, got None"),
     ],
 )
-def test_impossible_scales_are_refused(settings: dict[str, float], message: str) -> None:
+def test_impossible_settings_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        make_objective(**settings)
+        make_objective("siglip", **settings)
 
 
 def test_unknown_towers_are_refused() -> None:
@@ -192,9 +205,12 @@ def test_metrics_describe_the_batch() -> None:
     objective = make_objective("siglip").eval()
     loss, metrics = objective(batch())
     features = objective.model(objective.normalize(batch()["image"]), batch()["text"])
-    best = (features["image_features"] @ features["text_features"].T).argmax(1)
-    accuracy = (best == torch.arange(6)).float().mean()
+    similar = features["image_features"] @ features["text_features"].T
+    accuracy = (similar.argmax(1) == torch.arange(6)).float().mean()
     assert metrics["batch_accuracy"] == accuracy
+    torch.testing.assert_close(metrics["positive_logit"], 10 * similar.diagonal().mean() - 10)
+    others = similar[~torch.eye(6, dtype=torch.bool)].mean()
+    torch.testing.assert_close(metrics["negative_logit"], 10 * others - 10)
     assert float(metrics["logit_scale"]) == pytest.approx(10)
     assert float(metrics["logit_bias"]) == -10
     assert loss.requires_grad
@@ -206,6 +222,21 @@ def test_a_group_mark_changes_the_loss() -> None:
     plain, _ = objective(batch())
     marked, _ = objective(batch() | {"group": torch.tensor([1, 1, 2, 3, 4, 5])})
     assert marked < plain
+    objective.config.same_group = "positive"
+    spread, _ = objective(batch() | {"group": torch.tensor([1, 1, 2, 3, 4, 5])})
+    assert spread not in (plain, marked)
+
+
+def test_a_broken_feature_is_named_when_asked() -> None:
+    objective = make_objective(check_features=True).eval()
+    objective(batch())
+    objective.normalize = torch.nn.Identity()
+    pixels = torch.rand(6, 3, 64, 64)
+    pixels[2, 0, 0, 0] = torch.nan
+    with pytest.raises(ValueError, match=r"image features are not finite in 1 of 6 rows, .* row 2"):
+        objective(batch() | {"image": pixels})
+    objective.config.check_features = False
+    assert torch.isnan(objective(batch() | {"image": pixels})[0])
 
 
 @pytest.mark.parametrize("loss", ["clip", "siglip"])

@@ -1,0 +1,221 @@
+"""Time and memory of the tiled contrastive losses against open_clip's.
+
+    python -m benchmarks.contrastive_loss [--device cuda] [--threads 1] [--full] [--quick]
+
+A step is forward and backward from unit rows (B, 512) in float32 to their gradients and those of
+scale and bias, in one process without others to gather from. Every case runs in a fresh process,
+and the cases of a batch size take turns (A B A B ...), so that a slow minute of the machine hits
+all of them. Figures are medians; ratios are medians of the ratios within one round. The clock is
+the process's CPU time on a CPU and wall time on a GPU. Memory is the peak of a step above what
+the process held with the features. `--full` adds ours at 32768, where open_clip's logits would need
+tens of GiB. The result is kept in `benchmarks/results/contrastive_loss_<device>.json`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+from open_clip.loss import ClipLoss, SigLipLoss
+from torch import Tensor
+from torch.nn import functional as F
+
+from benchmarks.routed_layers import RESULTS, machine, peak_memory, used_memory
+from contrastive.tiled_losses import TILE_ROWS, tiled_clip_loss, tiled_siglip_loss
+
+WIDTH = 512
+SIZES = (4096, 8192, 16384)
+LARGEST = 32768
+# Largest allowed share of open_clip's memory and time at the last of SIZES, and MiB at LARGEST.
+BARS = {"memory_ratio": 0.05, "time_ratio": 1.1, "largest_mib": 1024}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A loss and whose it is."""
+
+    loss: str
+    owner: str
+
+    @property
+    def label(self) -> str:
+        return f"{self.loss}, {self.owner}"
+
+
+OURS = (Case("clip", "ours"), Case("siglip", "ours"))
+THEIRS = (Case("clip", "open_clip"), Case("siglip", "open_clip"))
+
+
+def build(case: Case, tile_rows: int) -> Callable[[list[Tensor]], Tensor]:
+    """The loss of image rows, text rows, scale and bias."""
+    if case == OURS[0]:
+        return lambda x: tiled_clip_loss(x[0], x[1], x[0], x[1], x[2], tile_rows=tile_rows)[0]
+    if case == OURS[1]:
+        return lambda x: tiled_siglip_loss(x[0], x[1], x[2], x[3], tile_rows=tile_rows)[0]
+    if case == THEIRS[0]:
+        clip = ClipLoss()
+        return lambda x: clip(x[0], x[1], x[2])
+    siglip = SigLipLoss()
+    return lambda x: siglip(x[0], x[1], x[2], x[3])
+
+
+def leaves(batch: int, width: int, device: torch.device) -> list[Tensor]:
+    """Image rows and texts near them, (batch, width) each, scale and bias."""
+    torch.manual_seed(0)
+    image = torch.randn(batch, width, device=device)
+    text = torch.randn(batch, width, device=device).add_(image)
+    for rows in (image, text):
+        F.normalize(rows, dim=1, out=rows)
+    numbers = [torch.tensor(value, device=device) for value in (14.29, -9.7)]
+    return [tensor.requires_grad_() for tensor in (image, text, *numbers)]
+
+
+def step(loss: Callable[[list[Tensor]], Tensor], inputs: list[Tensor]) -> float:
+    for tensor in inputs:
+        tensor.grad = None
+    value = loss(inputs)
+    value.backward()
+    return float(value.detach())
+
+
+def work(
+    pipe: Connection, case: Case, batch: int, tile_rows: int, device_name: str, threads: int
+) -> None:
+    """One case: answers an order with seconds of a step, "memory" with bytes, "loss" with it."""
+    torch.set_num_threads(threads)
+    device = torch.device(device_name)
+    clock = time.perf_counter if device.type == "cuda" else time.process_time
+    loss, small = build(case, tile_rows), leaves(64, WIDTH, device)
+    step(loss, small)  # libraries take their own memory now
+    inputs = leaves(batch, WIDTH, device)
+    before, value = used_memory(device), 0.0
+    while (order := pipe.recv()) != "stop":
+        if order == "memory":
+            pipe.send(peak_memory(device) - before)
+        elif order == "loss":
+            pipe.send(value)
+        else:
+            start = clock()
+            value = step(loss, inputs)  # reading the value waits for a GPU
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            pipe.send(clock() - start)
+
+
+def measure(
+    cases: tuple[Case, ...], batch: int, tile_rows: int, device: str, threads: int, rounds: int
+) -> dict[Case, dict[str, Any]]:
+    """Loss, seconds of every round and peak bytes, by case."""
+    context = multiprocessing.get_context("spawn")
+    pipes: dict[Case, Connection] = {}
+    processes = []
+    for case in cases:
+        pipes[case], far_end = context.Pipe()
+        arguments = (far_end, case, batch, tile_rows, device, threads)
+        processes.append(context.Process(target=work, args=arguments, daemon=True))
+        processes[-1].start()
+        far_end.close()
+
+    def ask(case: Case, order: str) -> float:
+        pipes[case].send(order)
+        return pipes[case].recv()
+
+    found: dict[Case, dict[str, Any]] = {}
+    for case in cases:
+        ask(case, "step")  # grows the heap and chooses kernels
+        found[case] = {"peak_bytes": ask(case, "memory"), "loss": ask(case, "loss"), "seconds": []}
+    for _ in range(rounds):
+        for case in cases:
+            found[case]["seconds"].append(ask(case, "step"))
+    for pipe, process in zip(pipes.values(), processes, strict=True):
+        pipe.send("stop")
+        process.join()
+    return found
+
+
+def summarise(measured: dict[Case, dict[str, Any]]) -> list[dict[str, Any]]:
+    """Medians in milliseconds and MiB; ours also as shares of open_clip's."""
+    rows = []
+    for case, own in measured.items():
+        row: dict[str, Any] = {
+            "case": case.label,
+            "loss": own["loss"],
+            "step_ms": round(1000 * statistics.median(own["seconds"]), 1),
+            "peak_mib": round(own["peak_bytes"] / 2**20, 1),
+        }
+        other = measured.get(Case(case.loss, "open_clip"))
+        if case.owner == "ours" and other is not None:
+            ratios = [a / b for a, b in zip(own["seconds"], other["seconds"], strict=True)]
+            row["time_ratio"] = round(statistics.median(ratios), 3)
+            row["memory_ratio"] = round(own["peak_bytes"] / other["peak_bytes"], 4)
+        rows.append(row)
+    return rows
+
+
+def show(batch: int, rows: list[dict[str, Any]]) -> None:
+    print(f"batch {batch}, width {WIDTH}")
+    for row in rows:
+        line = f"  {row['case']:18} {row['step_ms']:10.1f} ms {row['peak_mib']:9.1f} MiB"
+        if "time_ratio" in row:
+            line += f"   time {row['time_ratio']:.2f}, memory {row['memory_ratio']:.3f}"
+            line += " of open_clip's"
+        print(line, flush=True)
+
+
+def missed_bars(sizes: dict[int, list[dict[str, Any]]]) -> list[str]:
+    """Sentences about bars that were measured and missed."""
+    missed = []
+    for row in sizes.get(SIZES[-1], []):
+        for name in ("memory_ratio", "time_ratio"):
+            if row.get(name, 0) > BARS[name]:
+                missed.append(f"{row['case']}: {name} {row[name]} is over {BARS[name]}")
+    for row in sizes.get(LARGEST, []):
+        if row["peak_mib"] > BARS["largest_mib"]:
+            missed.append(f"{row['case']}: {row['peak_mib']} MiB is over {BARS['largest_mib']}")
+    return missed
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads per case")
+    parser.add_argument("--rounds", type=int, default=5, help="measurements per case")
+    parser.add_argument("--tile-rows", type=int, default=TILE_ROWS)
+    parser.add_argument("--full", action="store_true", help=f"ours at {LARGEST} too")
+    parser.add_argument("--quick", action="store_true", help=f"{SIZES[0]} only, 3 rounds, no file")
+    options = parser.parse_args()
+    rounds = 3 if options.quick else options.rounds
+    sizes: dict[int, list[dict[str, Any]]] = {}
+    runs = [(size, OURS + THEIRS) for size in (SIZES[:1] if options.quick else SIZES)]
+    for size, cases in [*runs, (LARGEST, OURS)] if options.full else runs:
+        arguments = (options.tile_rows, options.device, options.threads, rounds)
+        sizes[size] = summarise(measure(cases, size, *arguments))
+        show(size, sizes[size])
+    missed = missed_bars(sizes)
+    print("\n".join(missed) or "no bar missed")
+    if not options.quick:
+        report = {
+            "machine": machine(options.device, options.threads),
+            "width": WIDTH,
+            "rounds": rounds,
+            "tile_rows": options.tile_rows,
+            "bars": BARS,
+            "missed": missed,
+            "sizes": sizes,
+        }
+        path = RESULTS / f"contrastive_loss_{options.device}.json"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        print(f"written to {path}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,40 @@
+"""The benchmark of losses compares what is equal, and says when a bar is missed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from benchmarks.contrastive_loss import (
+    LARGEST,
+    OURS,
+    SIZES,
+    THEIRS,
+    build,
+    leaves,
+    missed_bars,
+    step,
+    summarise,
+)
+
+
+@pytest.mark.parametrize("pair", list(zip(OURS, THEIRS, strict=True)), ids=["clip", "siglip"])
+def test_both_sides_compute_the_same(pair: tuple) -> None:
+    found = []
+    for case in pair:
+        inputs = leaves(12, 16, torch.device("cpu"))
+        value = step(build(case, 5), inputs)
+        found.append((value, [tensor.grad for tensor in inputs if tensor.grad is not None]))
+    assert len(found[0][1]) == (3 if pair[0].loss == "clip" else 4)
+    torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-6)
+
+
+def test_ratios_and_bars() -> None:
+    ours = {"seconds": [2.0, 3.0, 9.0], "peak_bytes": 2**20, "loss": 1.0}
+    theirs = {"seconds": [1.0, 3.0, 3.0], "peak_bytes": 10 * 2**20, "loss": 1.0}
+    first, second = summarise({OURS[0]: ours, THEIRS[0]: theirs})
+    assert (first["step_ms"], first["time_ratio"], first["memory_ratio"]) == (3000.0, 2.0, 0.1)
+    assert (second["peak_mib"], "time_ratio" in second) == (10.0, False)
+    assert len(missed_bars({SIZES[-1]: [first, second]})) == 2
+    assert missed_bars({SIZES[0]: [first], LARGEST: [first]}) == []
+    assert len(missed_bars({LARGEST: [first | {"peak_mib": 1025.0}]})) == 1
