@@ -38,7 +38,7 @@ from training.objective import (
     Evaluator,
     Objective,
     TrainingStream,
-    count_samples,
+    check_share,
     split_batch,
 )
 from training.optim import build_optimizer
@@ -184,11 +184,7 @@ class Trainer:
             batch = next(batches)
         self.skipped.update(batch.pop("skipped", ()))
         share = self.train.batch_size // self.accelerator.num_processes
-        if count_samples(batch) != share:  # means over processes would no longer be the batch's
-            raise ValueError(
-                f"the stream gave {count_samples(batch)} samples at step {self.step + 1}, expected"
-                f" {share}, the share of each process of train.batch_size {self.train.batch_size}"
-            )
+        check_share(batch, share, self.step + 1)
         device = self.accelerator.device
         return {
             name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value

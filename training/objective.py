@@ -16,6 +16,20 @@ def count_samples(batch: Batch) -> int:
     return len(next(value for value in batch.values() if isinstance(value, Tensor)))
 
 
+def check_share(batch: Batch, share: int, step: int) -> None:
+    """Make sure that a process got its share of the batch of a step: means over processes and parts
+    would not be the batch's otherwise.
+
+    Raises:
+        ValueError: it has another size.
+    """
+    if count_samples(batch) != share:
+        raise ValueError(
+            f"the stream gave {count_samples(batch)} samples at step {step}, expected {share}, the"
+            " share of each process of train.batch_size"
+        )
+
+
 def split_batch(batch: Batch, parts: int) -> list[Batch]:
     """Divide the batch axis of every field into `parts` equal pieces.
 
