@@ -16,6 +16,10 @@ class ImageTowerConfig:
     """Classification checkpoint (or run directory) whose trunk weights are loaded."""
     frozen: bool = False
     """Keep the trunk as it is; the projection is still trained."""
+    trainable: int | list[str] | None = None
+    """Train part of the trunk: so many of its last blocks and what follows them, or the parameters
+    whose whole name in the trunk one of these regular expressions matches (`blocks\\.11\\..*`);
+    null trains all that is not frozen."""
     drop_path: float = 0.0
     """Stochastic depth rate of the last block."""
     patch_dropout: float = 0.0
@@ -46,6 +50,8 @@ class TextTowerConfig:
     """Head on a Hugging Face model; it is trained even when the model is frozen."""
     frozen: bool = False
     """Keep the text tower (of a Hugging Face model: all but its projection) as it is."""
+    trainable: int | list[str] | None = None
+    """Train part of a Hugging Face model, as image.trainable; its projection is always trained."""
 
 
 @dataclass

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from contrastive.config import ContrastiveConfig, ImageTowerConfig, TextTowerConfig
+from contrastive.trainable import parts_to_freeze
 from encoders.text_towers import (
     build_clip,
     hugging_face_text_config,
@@ -32,7 +33,7 @@ def model_config(
 
     Raises:
         ValueError: an unknown image tower, an unusable text tower, a setting out of range, or a
-            frozen tower without trained weights.
+            tower kept as it is, in whole or in part, without trained weights.
     """
     _refuse_frozen_noise(image, text)
     if text.kind == "open_clip":
@@ -100,15 +101,22 @@ def _initial_logits(contrastive: ContrastiveConfig, batch_size: int | None) -> d
 
 
 def _refuse_frozen_noise(image: ImageTowerConfig, text: TextTowerConfig) -> None:
-    if image.frozen and image.init_from is None:
+    for name, tower in (("image", image), ("text", text)):
+        if tower.frozen and tower.trainable is not None:
+            raise ValueError(
+                f"{name}.frozen trains nothing, {name}.trainable {tower.trainable} a part: set one"
+            )
+    setting, off = ("frozen", "false") if image.frozen else ("trainable", "null")
+    if (image.frozen or image.trainable is not None) and image.init_from is None:
         raise ValueError(
-            "image.frozen would keep random weights: set image.init_from to a classification"
-            " checkpoint, or image.frozen to false"
+            f"image.{setting} would keep random weights: set image.init_from to a classification"
+            f" checkpoint, or image.{setting} to {off}"
         )
-    if text.frozen and text.kind == "open_clip":
+    setting, off = ("frozen", "false") if text.frozen else ("trainable", "null")
+    if (text.frozen or text.trainable is not None) and text.kind == "open_clip":
         raise ValueError(
-            "text.frozen would keep random weights, for text.kind open_clip loads none: set"
-            " text.kind to hugging_face and text.folder, or text.frozen to false"
+            f"text.{setting} would keep random weights, for text.kind open_clip loads none: set"
+            f" text.kind to hugging_face and text.folder, or text.{setting} to {off}"
         )
 
 
@@ -119,13 +127,23 @@ def build_dual_encoder(config: dict[str, Any]) -> Any:
 
 def frozen_parts(
     model: Any, image: ImageTowerConfig, text: TextTowerConfig
-) -> tuple[nn.Module, ...]:
-    """The modules that settings which `model_config` accepts freeze: pretrained ones, not the
-    projections on top of them."""
-    parts: list[nn.Module] = [model.visual.trunk] if image.frozen else []
+) -> tuple[nn.Module | nn.Parameter, ...]:
+    """What settings that `model_config` accepts freeze: pretrained modules, or parts of them, not
+    the projections on top of them.
+
+    Raises:
+        ValueError: what is to be trained does not exist.
+    """
+    parts: tuple[nn.Module | nn.Parameter, ...] = ()
+    if image.frozen:
+        parts += (model.visual.trunk,)
+    elif image.trainable is not None:
+        parts += parts_to_freeze(model.visual.trunk, image.trainable, "image.trainable")
     if text.frozen:
-        parts.append(model.text.transformer)
-    return tuple(parts)
+        parts += (model.text.transformer,)
+    elif text.trainable is not None:
+        parts += parts_to_freeze(model.text.transformer, text.trainable, "text.trainable")
+    return parts
 
 
 def load_image_trunk(model: Any, source: str) -> None:

@@ -36,6 +36,24 @@ def gather_rows(rows: Tensor) -> Tensor:
     return _GatherRows.apply(rows)  # pyrefly: ignore
 
 
+def check_equal_counts(rows: Tensor) -> None:
+    """Make sure that all processes hold as many rows: a mean over processes needs that.
+
+    Only on a CPU. Elsewhere the host would have to wait for the device; there the loop's look at
+    each batch must do.
+
+    Raises:
+        RuntimeError: they do not; on every process.
+    """
+    if world_size() == 1 or rows.device.type != "cpu":
+        return
+    counts = torch.zeros(world_size(), dtype=torch.int64)
+    counts[rank()] = len(rows)
+    distributed.all_reduce(counts)
+    if len(set(counts.tolist())) > 1:
+        raise RuntimeError(f"processes have batches of {counts.tolist()}: make them equal")
+
+
 def world_size() -> int:
     """Number of training processes."""
     if distributed.is_available() and distributed.is_initialized():

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DistributedDataParallel
 
 from contrastive.config import ContrastiveConfig
-from contrastive.gather import gather_rows, rank
+from contrastive.gather import check_equal_counts, gather_rows, rank, world_size
+from contrastive.grad_cache import Features, Head, cached_part_losses
 from contrastive.losses import check_features, normalize_features
 from contrastive.targets import Targets
 from contrastive.tiled_losses import tiled_clip_loss, tiled_siglip_loss
@@ -30,18 +34,19 @@ class ContrastiveObjective(Objective):
     Batches hold `image` uint8 (b, 3, H, W), `text` int64 (b, L) and optionally `group` int64 (b,)
     (see `contrastive.targets`). Every process contributes its own rows and sees everybody's
     columns, so that gradients equal those of one process with the whole batch. In training the loss
-    includes the auxiliary losses of the routed layers of both towers.
+    includes the auxiliary losses of the routed layers of both towers. A batch that is split has the
+    gradient of the whole one (see `contrastive.grad_cache`).
 
     Args:
         model: an open_clip dual encoder.
         model_config: its description, saved with every checkpoint as `open_clip_config.json`.
         config: the loss.
         mean, std: pixel normalisation of the image tower.
-        frozen: parts that are not trained; they get no gradient and stay in eval mode.
+        frozen: modules and parameters that are not trained; they get no gradient, and such modules
+            stay in eval mode.
     """
 
     weights_file = "open_clip_model.safetensors"
-    splits_batches = False
 
     def __init__(
         self,
@@ -50,7 +55,7 @@ class ContrastiveObjective(Objective):
         config: ContrastiveConfig,
         mean: tuple[float, ...],
         std: tuple[float, ...],
-        frozen: tuple[nn.Module, ...] = (),
+        frozen: tuple[nn.Module | nn.Parameter, ...] = (),
     ) -> None:
         super().__init__()
         self.model = model
@@ -59,9 +64,9 @@ class ContrastiveObjective(Objective):
         self._monitor = RoutingMonitor(getattr(model.visual, "trunk", model.visual))
         self.mean, self.std = mean, std
         self.normalize = Normalize(mean, std)
-        self._frozen = frozen
         for part in frozen:
             part.requires_grad_(False)
+        self._frozen = tuple(part for part in frozen if isinstance(part, nn.Module))
         self.train()
 
     def train(self, mode: bool = True) -> ContrastiveObjective:
@@ -70,16 +75,62 @@ class ContrastiveObjective(Objective):
             part.eval()
         return self
 
-    def forward(self, batch: Batch) -> tuple[Tensor, Metrics]:
-        with self._monitor.watch(self.wants_details) as routing:
+    def forward(self, batch: Batch, head: Head | None = None) -> tuple[Tensor, Metrics]:
+        """Loss and metrics; `head` takes the place of the loss of the features.
+
+        Raises:
+            RuntimeError: called past its distributed wrapper, or processes differ in batch size.
+        """
+        self._check_wrapped()
+        # A pass for features alone is done again; the second one tells.
+        watched = self.wants_details and (head is None or torch.is_grad_enabled())
+        with self._monitor.watch(watched) as routing:
             features = self.model(self.normalize(batch["image"]), batch["text"])
         with torch.autocast(batch["image"].device.type, enabled=False):
-            image = normalize_features(features["image_features"])
-            text = normalize_features(features["text_features"])
-            loss, metrics = self.loss(image, text, features, batch.get("group"))
+            for name in ("image_features", "text_features"):
+                features[name] = normalize_features(features[name])
+            if head is None:
+                loss, metrics = self._loss_of_all(features, batch.get("group"))
+            else:
+                loss, metrics = head(features)
             metrics |= temperature_metrics(self.model)
             metrics |= routing
             return add_auxiliary_losses(loss, metrics, self._routed_layers), metrics
+
+    def _check_wrapped(self) -> None:
+        if not (self.training and torch.is_grad_enabled() and world_size() > 1):
+            return
+        if DistributedDataParallel._get_active_ddp_module() is None:
+            raise RuntimeError(
+                "the objective was called past its DistributedDataParallel wrapper, so the"
+                " gradients of the processes would drift apart: call the wrapped module"
+            )
+
+    def _loss_of_all(self, features: Features, groups: Tensor | None) -> tuple[Tensor, Metrics]:
+        image, text = features["image_features"], features["text_features"]
+        check_equal_counts(image)
+        return self.loss(image, text, features, groups)
+
+    def check_accumulation(self, parts: int, global_batch: int) -> str:
+        for name, module in self.model.named_modules():
+            if isinstance(module, _BatchNorm) and module.training:
+                raise ValueError(
+                    f"train.accumulation must be 1, got {parts}: '{name}' normalises over the"
+                    " batch, so that parts would not add up to it; choose a tower without batch"
+                    " norm, or freeze it"
+                )
+        return f"gradient caching; negatives of each pair are the global batch's {global_batch - 1}"
+
+    def part_losses(
+        self, forward: Callable[..., tuple[Tensor, Metrics]], parts: Sequence[Batch]
+    ) -> Iterator[tuple[Tensor, Metrics]]:
+        if len(parts) == 1:
+            return super().part_losses(forward, parts)
+        marks = [part["group"] for part in parts if "group" in part]
+        groups = torch.cat(marks) if marks else None
+        return cached_part_losses(
+            forward, lambda features: self._loss_of_all(features, groups), parts
+        )
 
     def loss(
         self, image: Tensor, text: Tensor, features: dict[str, Tensor], groups: Tensor | None

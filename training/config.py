@@ -50,7 +50,8 @@ class TrainConfig:
     batch_size: int = 256
     """Samples per step, over all processes."""
     accumulation: int = 1
-    """Parts into which each process splits its share of a batch, to save memory."""
+    """Parts into which each process splits its share of a batch, to save memory; gradients stay
+    those of the whole batch. Contrastive training pays with a second forward pass."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     log_every: int = 20
     """Steps between lines of metrics.jsonl."""

@@ -33,7 +33,14 @@ from training.checkpoint import (
 )
 from training.config import OptimizerConfig, ScheduleConfig, TrainConfig
 from training.finite import FiniteGuard
-from training.objective import Batch, Evaluator, Objective, TrainingStream, split_batch
+from training.objective import (
+    Batch,
+    Evaluator,
+    Objective,
+    TrainingStream,
+    check_share,
+    split_batch,
+)
 from training.optim import build_optimizer
 from training.progress import Progress
 from training.run_directory import MetricsWriter, check_tensorboard
@@ -102,16 +109,16 @@ class Trainer:
         sets = [evaluator.name for evaluator in self.evaluators]
         if len(set(sets)) < len(sets):
             raise ValueError(f"evaluation: give each set a name of its own, got {', '.join(sets)}")
-        if train.accumulation > 1 and not self.objective.splits_batches:
-            raise ValueError(
-                "train.accumulation must be 1 for this objective: the loss of a contrastive batch"
-                " is not the mean over its parts, which would lack one another's negatives"
-            )
         if train.batch_size % (processes * train.accumulation):
             raise ValueError(
                 f"train.batch_size {train.batch_size} cannot be divided into {processes} processes"
                 f" x {train.accumulation} parts"
             )
+        self._splitting = (
+            self.objective.check_accumulation(train.accumulation, train.batch_size)
+            if train.accumulation > 1
+            else ""
+        )
 
     def fit(self) -> dict[str, float | None]:
         """Train to the last step, then evaluate and save; returns the last evaluation.
@@ -169,11 +176,15 @@ class Trainer:
             f" {self.accelerator.num_processes} process(es) on {self.accelerator.device.type},"
             f" {train.precision}" + (f"; resumed at step {self.step}" if self.step else "")
         )
+        if self._splitting:
+            say(f"accumulation {train.accumulation}: {self._splitting}")
 
     def _next(self, batches: Iterator[Batch], progress: Progress) -> Batch:
         with progress.waiting():
             batch = next(batches)
         self.skipped.update(batch.pop("skipped", ()))
+        share = self.train.batch_size // self.accelerator.num_processes
+        check_share(batch, share, self.step + 1)
         device = self.accelerator.device
         return {
             name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
@@ -186,12 +197,7 @@ class Trainer:
         for group in self.updater.param_groups:
             group["lr"] = rate * group["lr_factor"]
         self.objective.before_step(self.step)
-        parts = split_batch(batch, self.train.accumulation)
-        results = []
-        for number, part in enumerate(parts, start=1):
-            last = number == len(parts)
-            with nullcontext() if last else self.accelerator.no_sync(self.wrapped):
-                results.append(self._backward(part, len(parts)))
+        results = self._backward(split_batch(batch, self.train.accumulation))
         limit = self.optim.clip_norm or math.inf
         norm = torch.as_tensor(self.accelerator.clip_grad_norm_(self.wrapped.parameters(), limit))
         loss = torch.stack([loss for loss, _ in results]).mean()
@@ -206,10 +212,18 @@ class Trainer:
         self.objective.after_step()
         return loss, norm, metrics
 
-    def _backward(self, batch: Batch, parts: int) -> tuple[Tensor, dict[str, Tensor]]:
-        loss, metrics = self.wrapped(batch)
-        self.accelerator.backward(loss / parts)
-        return loss.detach(), metrics
+    def _backward(self, parts: list[Batch]) -> list[tuple[Tensor, dict[str, Tensor]]]:
+        """Accumulate the gradient of the batch, synchronised in the last backward pass only;
+        returns detached loss and metrics of each part."""
+        losses = self.objective.part_losses(self.wrapped, parts)
+        results = []
+        for number in range(1, len(parts) + 1):
+            last = number == len(parts)
+            with nullcontext() if last else self.accelerator.no_sync(self.wrapped):
+                loss, metrics = next(losses)  # the forward passes too must know whether to prepare
+                self.accelerator.backward(loss / len(parts))
+            results.append((loss.detach(), metrics))
+        return results
 
     def _log(
         self, loss: Tensor, norm: Tensor, metrics: dict[str, Tensor], progress: Progress

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -10,11 +11,36 @@ Batch = dict[str, Any]
 Metrics = dict[str, Tensor]
 
 
+def count_samples(batch: Batch) -> int:
+    """Length of the batch axis."""
+    return len(next(value for value in batch.values() if isinstance(value, Tensor)))
+
+
+def check_share(batch: Batch, share: int, step: int) -> None:
+    """Make sure that a process got its share of the batch of a step: means over processes and parts
+    would not be the batch's otherwise.
+
+    Raises:
+        ValueError: it has another size.
+    """
+    if count_samples(batch) != share:
+        raise ValueError(
+            f"the stream gave {count_samples(batch)} samples at step {step}, expected {share}, the"
+            " share of each process of train.batch_size"
+        )
+
+
 def split_batch(batch: Batch, parts: int) -> list[Batch]:
-    """Divide the batch axis of every field into `parts` equal pieces."""
+    """Divide the batch axis of every field into `parts` equal pieces.
+
+    Raises:
+        ValueError: the pieces would not be equal.
+    """
     if parts == 1:
         return [batch]
-    size = len(next(value for value in batch.values() if isinstance(value, Tensor))) // parts
+    size, rest = divmod(count_samples(batch), parts)
+    if rest or not size:
+        raise ValueError(f"a batch of {count_samples(batch)} samples cannot be split into {parts}")
     return [
         {name: value[part * size : (part + 1) * size] for name, value in batch.items()}
         for part in range(parts)
@@ -34,14 +60,34 @@ class Objective(nn.Module):
     """The module that is trained and saved; any, because tasks use what their models offer."""
     weights_file: str = "model.safetensors"
     """Name of the weights in a checkpoint, chosen so that other libraries find them."""
-    splits_batches: bool = True
-    """Whether the loss of a batch is the mean of the losses of its parts, as accumulation needs."""
     wants_details: bool = False
     """Set by the loop before each step: its metrics are logged, and may include some that cost
     time to measure."""
 
     def forward(self, batch: Batch) -> tuple[Tensor, Metrics]:
         raise NotImplementedError
+
+    def check_accumulation(self, parts: int, global_batch: int) -> str:
+        """Called once if batches are split into `parts`: what the start-up log says about it.
+
+        Raises:
+            ValueError: the model cannot be trained on parts of a batch.
+        """
+        return f"the loss of {global_batch} samples is the mean over their parts"
+
+    def part_losses(
+        self, forward: Callable[..., tuple[Tensor, Metrics]], parts: Sequence[Batch]
+    ) -> Iterator[tuple[Tensor, Metrics]]:
+        """Yield loss and metrics of the parts of a batch, in order.
+
+        The mean of the losses has the value and the gradient of the loss of the whole batch. The
+        loop runs the backward pass of one before it asks for the next.
+
+        Args:
+            forward: the wrapped objective, which every forward pass goes through.
+        """
+        for part in parts:
+            yield forward(part)
 
     def no_weight_decay(self) -> set[str]:
         """Names of `model`'s parameters that must not be decayed."""

@@ -67,7 +67,11 @@ CONTRASTIVE_ERRORS = {
     "unknown tower": (["--image.name=soft_moe_vit_huge"], "'soft_moe_vit_huge' is unknown"),
     "text heads": (["--text.heads=3"], "width 16 is not divisible by 3 heads"),
     "missing text folder": (["--text.kind=hugging_face", "--text.folder=none"], "none"),
-    "accumulation": (["--train.accumulation=2"], "accumulation must be 1"),
+    "accumulation": (
+        ["--train.accumulation=2", "--image.name=test_resnet"],
+        "train.accumulation must be 1, got 2",
+    ),
+    "trainable noise": (["--image.trainable=1"], "image.trainable would keep random weights"),
     "no steps": (["--train.steps=0"], "train.steps must be at least 1"),
     "schedule": (["--schedule.warmup_steps=3"], "need 3 steps, but train.steps is 2"),
     "threads": (["--train.threads=0"], "train.threads must be at least 1"),

@@ -201,12 +201,14 @@ def test_accumulation_equals_the_whole_batch(tmp_path: Path, parts: int) -> None
             assert split[name] == pytest.approx(whole[name], rel=1e-4)
 
 
-def test_a_contrastive_batch_is_not_accumulated(tmp_path: Path) -> None:
-    class Contrast(Regression):
-        splits_batches = False
+def test_an_objective_can_refuse_accumulation(tmp_path: Path) -> None:
+    class Coupled(Regression):
+        def check_accumulation(self, parts: int, global_batch: int) -> str:
+            raise ValueError(f"accumulation must be 1, got {parts} for {global_batch}")
 
-    with pytest.raises(ValueError, match="accumulation must be 1"):
-        make_trainer(tmp_path, Contrast, accumulation=2)
+    make_trainer(tmp_path, Coupled)
+    with pytest.raises(ValueError, match="accumulation must be 1, got 2 for 8"):
+        make_trainer(tmp_path, Coupled, accumulation=2)
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
