@@ -80,8 +80,8 @@ class _RandomColorMatrix(nn.Module):
     """Brightness, contrast, saturation and channel mixing as one linear map of the colours.
 
     The factors mean what torchvision's ColorJitter makes of them, in the order above. One product
-    and one clamp take a seventh of ColorJitter's time on small pictures, and nothing is cut off
-    in between.
+    and one clamp spare small pictures most of ColorJitter's operators, and nothing is cut off in
+    between.
     """
 
     LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)
