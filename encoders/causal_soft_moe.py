@@ -12,7 +12,6 @@ n block size, C positions of a chunk, K blocks of a chunk.
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -21,7 +20,7 @@ from torch.nn import functional as F
 
 from encoders.experts import ExpertMLP
 from encoders.routed_layer import RoutedLayer
-from encoders.soft_moe import TRUNCATED_STD, l2_normalize
+from encoders.soft_moe import init_slot_router, l2_normalize
 
 # Positions whose dispatch weights are held at a time, (S, K, C) numbers per sequence: no more than
 # the slots themselves take, (S, K, d), for usual widths.
@@ -105,11 +104,8 @@ class CausalSoftMoE(RoutedLayer):
         self.init_weights()
 
     def init_weights(self) -> None:
-        """Soft MoE's: LeCun normal for phi with fan-in d * E, scale 1; not the experts."""
-        dim, experts, _ = self.phi.shape
-        std = math.sqrt(1.0 / (dim * experts)) / TRUNCATED_STD
-        nn.init.trunc_normal_(self.phi, std=std, a=-2 * std, b=2 * std)
-        nn.init.ones_(self.scale)
+        """See `init_slot_router`; the experts initialise themselves."""
+        init_slot_router(self.phi, self.scale)
 
     def no_weight_decay(self) -> set[str]:
         """Names, relative to this layer, that an optimizer must not decay."""
@@ -132,16 +128,18 @@ class CausalSoftMoE(RoutedLayer):
 
         Args:
             x: the sequence from its first position on.
-            padding_mask: bool (B, L), true where a position is padding: no slot averages it, and
-                its output is zero. Padding behind a sequence needs no mask, for no earlier
-                position sees it.
+            padding_mask: bool (B, L), true where a position is padding: no slot averages it,
+                whatever it contains, and its output is zero. Padding behind a sequence needs no
+                mask, for no earlier position sees it.
         """
+        if padding_mask is not None:
+            x = x.masked_fill(padding_mask.unsqueeze(-1), 0)
         state = self.initial_state(x)
         logits, length = self.logits(x), x.shape[1]
         size = max(1, CHUNK // self.block_size) * self.block_size
         starts = torch.arange(0, size, self.block_size, device=x.device)
         outputs = []
-        for start in range(0, length, size):
+        for start in range(0, max(length, 1), size):  # an empty sequence is one empty chunk
             part = slice(start, start + size)
             chunk, scores = x[:, part], logits[:, part]
             hidden = None if padding_mask is None else padding_mask[:, part]
@@ -191,7 +189,7 @@ class CausalSoftMoE(RoutedLayer):
             scores = scores.masked_fill(hidden, -torch.inf)
             before = state.log_weight[..., None, None].expand(-1, -1, rows, 1)
             old, new = torch.cat([before, scores], -1).softmax(-1).split([1, x.shape[1]], -1)
-        means = (new.to(x.dtype).flatten(1, 2) @ x).unflatten(1, (-1, rows))
+        means = (new.to(x.dtype).flatten(1, 2) @ x).unflatten(1, (logits.shape[2], rows))
         if state.position:
             means = means + (old * state.mean.unsqueeze(2)).to(means.dtype)
         return means
@@ -216,7 +214,7 @@ class CausalSoftMoE(RoutedLayer):
         rows = slots.unflatten(1, (experts, per_expert)).transpose(0, 1)  # (E, B, P, K, d)
         outputs = self.experts(rows.reshape(experts, -1, dim))
         outputs = outputs.view(experts, batch, per_expert, blocks, dim)
-        return outputs.permute(1, 3, 0, 2, 4).reshape(batch, blocks, -1, dim)
+        return outputs.permute(1, 3, 0, 2, 4).reshape(batch, blocks, experts * per_expert, dim)
 
     def _combine(self, logits: Tensor, outputs: Tensor) -> Tensor:
         """Logits (B, C, S) and each block's expert outputs (B, K, S, d) to (B, C, d)."""

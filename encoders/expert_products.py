@@ -13,6 +13,7 @@ Shape legend: E experts, C rows per expert, d width, h hidden width.
 from __future__ import annotations
 
 import math
+import threading
 import weakref
 from collections.abc import Iterator
 from typing import Any
@@ -20,13 +21,15 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch._C._functorch import is_legacy_batchedtensor
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 # gelu(z) = z * sigmoid(LINEAR * z + CUBIC * z^3) is the tanh form, as 1 + tanh(u) is
-# 2 * sigmoid(2u). torch's CPU kernel for the tanh form takes two to three times as long.
+# 2 * sigmoid(2u). These steps are cheaper on a CPU than torch's own kernel for the tanh form.
 LINEAR = 2 * math.sqrt(2 / math.pi)
 CUBIC = 0.044715 * LINEAR
-# Hidden activations of one block; the fastest of 1 to 16 MiB and "all" with 1 MiB of L2 cache.
+# Hidden activations of one block: few enough for the cache, enough to keep the products large.
 BLOCK_BYTES = 4 << 20
 ALIGNMENT = 64
 
@@ -51,10 +54,11 @@ def batched_expert_mlp(
 class ReusedMemory:
     """Memory for one gradient, kept between steps so that its pages stay mapped.
 
-    A copied or unpickled object starts without memory.
+    Safe for backward passes in several threads. A copied or unpickled object starts without memory.
     """
 
     def __init__(self) -> None:
+        self._lock = threading.Lock()
         self._memory = np.empty(0, np.uint8)
         self._in_use: weakref.ref[np.ndarray] | None = None
 
@@ -64,16 +68,18 @@ class ReusedMemory:
     def empty_like(self, tensor: Tensor) -> Tensor:
         """An uninitialised contiguous tensor; new memory as long as the previous one is in use."""
         num_bytes = tensor.numel() * tensor.element_size()
-        if self._in_use is not None and self._in_use() is not None:
-            return torch.empty_like(tensor, memory_format=torch.contiguous_format)
-        if self._memory.nbytes != num_bytes:
-            # Aligned as torch's own memory is, so that matrix products round alike in every run.
-            memory = np.empty(num_bytes + ALIGNMENT, np.uint8)
-            start = -memory.ctypes.data % ALIGNMENT
-            self._memory = memory[start : start + num_bytes]
-        # The tensor's storage owns this view, so the view lives exactly as long as the storage.
-        view = self._memory[:]
-        self._in_use = weakref.ref(view)
+        # Between the look and the mark, no other thread may take the same memory.
+        with self._lock:
+            if self._in_use is not None and self._in_use() is not None:
+                return torch.empty_like(tensor, memory_format=torch.contiguous_format)
+            if self._memory.nbytes != num_bytes:
+                # Aligned as torch's own memory is, so that matrix products round alike in any run.
+                memory = np.empty(num_bytes + ALIGNMENT, np.uint8)
+                start = -memory.ctypes.data % ALIGNMENT
+                self._memory = memory[start : start + num_bytes]
+            # The tensor's storage owns this view, so the view lives exactly as long as the storage.
+            view = self._memory[:]
+            self._in_use = weakref.ref(view)
         return torch.from_numpy(view).view(tensor.dtype).view(tensor.shape)
 
 
@@ -133,13 +139,26 @@ class _BlockedExperts(torch.autograd.Function):
         *inputs, hidden = ctx.saved_tensors
         (grad_out,) = grad_outputs
         needed = ctx.needs_input_grad[:5]
-        if torch.is_grad_enabled():  # create_graph=True
-            x, *bank = inputs
-            wanted = [tensor for tensor, need in zip(inputs, needed, strict=True) if need]
-            out = batched_expert_mlp(x, *bank)
-            found = iter(torch.autograd.grad(out, wanted, grad_out, create_graph=True))
-            return *(next(found) if need else None for need in needed), None
+        # With create_graph=True, or for a batch of gradients (is_grads_batched=True).
+        if torch.is_grad_enabled() or not _are_plain(grad_out):
+            return *_batched_backward(inputs, grad_out, needed), None
         return *_blocked_backward(inputs, hidden, grad_out, needed, ctx.memory), None
+
+
+def _batched_backward(
+    inputs: list[Tensor], grad_out: Tensor, needed: tuple[bool, ...]
+) -> tuple[Tensor | None, ...]:
+    """Gradients by autograd through `batched_expert_mlp`, which can differentiate them again."""
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # Views: where the tokens themselves depend on the bank, as in bank(bank(x)), the gradient
+        # of the original tensors would go through that path as well, and count it twice.
+        views = [tensor.view_as(tensor) for tensor in inputs]
+        x, fc1_weight, fc1_bias, fc2_weight, fc2_bias = views
+        out = batched_expert_mlp(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
+    wanted = [view for view, need in zip(views, needed, strict=True) if need]
+    found = iter(torch.autograd.grad(out, wanted, grad_out, create_graph=create_graph))
+    return tuple(next(found) if need else None for need in needed)
 
 
 def _blocked_backward(
@@ -147,15 +166,15 @@ def _blocked_backward(
     hidden: Tensor,
     grad_out: Tensor,
     needed: tuple[bool, ...],
-    memory: tuple[ReusedMemory, ReusedMemory],
+    memory: tuple[ReusedMemory | None, ReusedMemory | None],
 ) -> tuple[Tensor | None, ...]:
     """Gradients of the tokens and the bank, as far as they are needed."""
     x, fc1_weight, fc1_bias, fc2_weight, _ = inputs
     need_x, need_fc1, need_bias1, need_fc2, need_bias2 = needed
     grad_x = torch.empty_like(x) if need_x else None
-    grad_fc1 = memory[0].empty_like(fc1_weight) if need_fc1 else None
+    grad_fc1 = _gradient_like(fc1_weight, memory[0]) if need_fc1 else None
     grad_bias1 = torch.empty_like(fc1_bias) if need_bias1 else None
-    grad_fc2 = memory[1].empty_like(fc2_weight) if need_fc2 else None
+    grad_fc2 = _gradient_like(fc2_weight, memory[1]) if need_fc2 else None
     size, blocks = _blocks(x, hidden.shape[2])
     scratch = hidden.new_empty(4, size, *hidden.shape[1:])
     for block in blocks:
@@ -175,11 +194,32 @@ def _blocked_backward(
     return grad_x, grad_fc1, grad_bias1, grad_fc2, grad_out.sum(1) if need_bias2 else None
 
 
-def can_run_blocked(x: Tensor) -> bool:
+def _gradient_like(weight: Tensor, memory: ReusedMemory | None) -> Tensor:
+    """Uninitialised memory for the gradient of `weight`."""
+    if memory is None:
+        return torch.empty_like(weight, memory_format=torch.contiguous_format)
+    return memory.empty_like(weight)
+
+
+def _are_plain(*tensors: Tensor) -> bool:
+    """No subclasses, no transform of `torch.func` (vmap, grad, jvp), no tangents, and no batches of
+    gradients (`is_grads_batched`), which have a vmap of their own.
+    """
+    return (
+        # The mark by which torch.autograd.Function itself knows a transform.
+        not torch._C._are_functorch_transforms_active()
+        and all(type(tensor) in (Tensor, torch.nn.Parameter) for tensor in tensors)
+        and not any(is_legacy_batchedtensor(tensor) for tensor in tensors)
+        and all(forward_ad.unpack_dual(tensor).tangent is None for tensor in tensors)
+    )
+
+
+def can_run_blocked(x: Tensor, bank: Bank) -> bool:
     """True for float32 or float64 tokens on a CPU in eager mode, outside autocast.
 
-    Compilers, tracers and tensor subclasses see the batched products instead, which they can take
-    apart; half precisions would lose digits in the steps of the activation.
+    Compilers, tracers, function transforms, forward-mode differentiation and tensor subclasses see
+    the batched products instead, which they can take apart; half precisions would lose digits in
+    the steps of the activation.
     """
     return (
         x.device.type == "cpu"
@@ -187,7 +227,7 @@ def can_run_blocked(x: Tensor) -> bool:
         and not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()
         and not torch.is_autocast_enabled("cpu")
-        and type(x) in (Tensor, torch.nn.Parameter)
+        and _are_plain(x, *bank)
     )
 
 
@@ -197,11 +237,16 @@ def blocked_expert_mlp(x: Tensor, bank: Bank, memory: tuple[ReusedMemory, Reused
     Args:
         x: (E, C, d), float32 or float64.
         bank: weights and biases.
-        memory: where the gradients of the two weights go.
+        memory: where the gradients of the two weights go, if these are leaves.
 
     Returns:
         (E, C, d).
     """
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *bank)):
-        return _BlockedExperts.apply(x, *bank, memory)
+        # The gradient of a computed weight, such as an adapted one, does not outlive the backward
+        # pass: memory kept for it would only lie idle.
+        kept = [
+            one if weight.is_leaf else None for one, weight in zip(memory, bank[::2], strict=True)
+        ]
+        return _BlockedExperts.apply(x, *bank, kept)
     return _forward(x, bank, keep_hidden=False)[0]

@@ -71,10 +71,20 @@ class ExpertMLP(nn.Module):
                     parameter.copy_(parameter[:1].expand_as(parameter).clone())
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map (E, C, d) to (E, C, d)."""
+        """Map (E, C, d) to (E, C, d).
+
+        Raises:
+            ValueError: `x` has another number of row blocks than the bank has experts.
+        """
         bank = (self.fc1_weight, self.fc1_bias, self.fc2_weight, self.fc2_bias)
+        # A size that is being traced is no number, and comparing it is warned of.
+        if not torch.jit.is_tracing() and x.shape[0] != bank[0].shape[0]:
+            raise ValueError(
+                f"x of shape {tuple(x.shape)} must have one block of rows for each of"
+                f" {bank[0].shape[0]} experts: (experts, rows, {bank[0].shape[1]})"
+            )
         dropout = self.dropout.p if self.training else 0.0
-        if dropout == 0 and can_run_blocked(x):
+        if dropout == 0 and can_run_blocked(x, bank):
             return blocked_expert_mlp(x, bank, self._gradient_memory)
         return batched_expert_mlp(x, *bank, dropout)
 

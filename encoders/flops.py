@@ -18,8 +18,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from encoders.soft_moe import SoftMoE
+from encoders.sparse_moe import CAPACITY_MULTIPLE
 
-CAPACITY_MULTIPLE = 4
 SOFT_ROUTERS = ("soft", "soft_uniform", "uniform_soft")
 MIXTURES = ("token_mixture", "image_mixture", "hierarchical_mixture")
 
@@ -33,13 +33,15 @@ def expert_rows(
     capacity_factor: float = 1.0,
     top_k: int = 1,
     group_size: int = 1,
+    capacity_multiple: int | None = None,
 ) -> float:
     """Rows that all experts together process per image; a dense MLP processes M.
 
     This is what a routed layer costs: E * P slots for Soft MoE whatever E is, top_k *
-    capacity_factor * M for Tokens Choice (a capacity is rounded up to a multiple of 4, with
-    `group_size` images sharing buffers, hence a fraction), capacity_factor * M for Experts Choice,
-    and E * M for the token mixtures, where every expert sees every token.
+    capacity_factor * M for Tokens Choice, capacity_factor * M for Experts Choice (with `group_size`
+    images sharing buffers and capacities rounded up to a multiple of `capacity_multiple`, that
+    layer's default when None, hence a fraction), and E * M for the token mixtures, where every
+    expert sees every token.
 
     Raises:
         ValueError: no formula for this router.
@@ -54,10 +56,11 @@ def expert_rows(
             return num_experts
         case "tokens_choice":
             capacity = math.ceil(group * top_k * capacity_factor / num_experts)
-            capacity = CAPACITY_MULTIPLE * math.ceil(capacity / CAPACITY_MULTIPLE)
+            capacity += -capacity % (capacity_multiple or CAPACITY_MULTIPLE)
             return num_experts * capacity / group_size
         case "experts_choice":
-            capacity = min(group, round(group * capacity_factor / num_experts))
+            capacity = round(group * capacity_factor / num_experts)
+            capacity = min(group, capacity + -capacity % (capacity_multiple or 1))
             return num_experts * capacity / group_size
         case _ if router in MIXTURES:
             return num_experts * tokens

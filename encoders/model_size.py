@@ -36,7 +36,8 @@ class ModelSize:
     what one image uses at most (Soft MoE: all; Tokens Choice: the experts that its tokens can
     choose), `slot_parameters` what remains with one expert per routed layer, the size of a dense
     model of the same cost. `flops` are forward operations per image. `activation_bytes` are kept
-    for the backward pass per image, in float32 and with `autocast` to bfloat16; autocast also keeps
+    for the backward pass per image, in float32 and with `autocast` to bfloat16, with the experts
+    as batched products, as on a GPU (in blocks on a CPU, they keep less); autocast also keeps
     `cast_bytes` of cast weights, whatever the batch.
     """
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,10 @@ class RoutedLayer(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.auxiliary_losses: dict[str, Tensor] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles: without the terms, whose graph can be neither."""
+        return {**self.__dict__, "auxiliary_losses": {}}
 
     @abstractmethod
     def init_weights(self) -> None:

@@ -61,6 +61,19 @@ def slots_for_capacity(tokens: int, experts: int, capacity_factor: float = 1.0) 
     return slots
 
 
+def lecun_normal_(weight: Tensor, fan_in: int) -> None:
+    """Fill with a normal of variance 1 / fan_in that is truncated at two standard deviations."""
+    std = math.sqrt(1.0 / fan_in) / TRUNCATED_STD
+    nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)
+
+
+def init_slot_router(phi: Tensor, scale: Tensor) -> None:
+    """LeCun normal for phi (d, E, P) with fan-in d * E (its first two axes, as the reference), and
+    scale 1."""
+    lecun_normal_(phi, phi.shape[0] * phi.shape[1])
+    nn.init.ones_(scale)
+
+
 class SoftMoE(RoutedLayer):
     """Soft MoE in place of a transformer block's MLP: (B, M, d) to (B, M, d).
 
@@ -119,14 +132,8 @@ class SoftMoE(RoutedLayer):
         self.init_weights()
 
     def init_weights(self) -> None:
-        """LeCun normal for phi with fan-in d * E (its first two axes, as the reference), scale 1.
-
-        The experts initialise themselves.
-        """
-        dim, experts, _ = self.phi.shape
-        std = math.sqrt(1.0 / (dim * experts)) / TRUNCATED_STD
-        nn.init.trunc_normal_(self.phi, std=std, a=-2 * std, b=2 * std)
-        nn.init.ones_(self.scale)
+        """See `init_slot_router`; the experts initialise themselves."""
+        init_slot_router(self.phi, self.scale)
 
     def no_weight_decay(self) -> set[str]:
         """Names, relative to this layer, that an optimizer must not decay."""

@@ -5,8 +5,9 @@ token gets the sum of its rows' outputs times their gates. Initial values and pr
 google-research/vmoe (`vmoe/nn/routing.py`, `vmoe/moe.py`).
 
 All shapes follow from the capacity, so nothing waits for the device, and no operator depends on
-the number of experts. Where more than two experts meet at one token, their sum on CUDA is
-reproducible to the bit only under `torch.use_deterministic_algorithms`.
+the number of experts. Where more than two experts meet at one token, CUDA adds their outputs and,
+in the backward pass, what they hand back to the token in no fixed order (`index_add_`, backward of
+`index_select`): reproducible to the bit only under `torch.use_deterministic_algorithms`.
 
 Shape legend: B images, M tokens, d width, E experts, G groups, S tokens per group (images per
 group times M), C capacity.
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 
 from encoders.experts import ExpertMLP
 from encoders.routed_layer import RoutedLayer
-from encoders.soft_moe import TRUNCATED_STD
+from encoders.soft_moe import lecun_normal_
 
 
 class SparseRouting(NamedTuple):
@@ -111,8 +112,7 @@ class SparseMoE(RoutedLayer):
 
     def init_weights(self) -> None:
         """LeCun normal for the router; the experts initialise themselves."""
-        std = math.sqrt(1.0 / len(self.router)) / TRUNCATED_STD
-        nn.init.trunc_normal_(self.router, std=std, a=-2 * std, b=2 * std)
+        lecun_normal_(self.router, fan_in=len(self.router))
 
     def no_weight_decay(self) -> set[str]:
         """The biases; the reference decays the router like every other kernel."""

@@ -18,6 +18,9 @@ from torch import Tensor
 from encoders.auxiliary_losses import gshard_loss, importance_loss, load_loss, z_loss
 from encoders.sparse_base import SparseMoE, SparseRouting
 
+# What Tokens Choice rounds capacities up to a multiple of, unless told otherwise.
+CAPACITY_MULTIPLE = 4
+
 
 class TokensChoice(SparseMoE):
     """Every token goes to its `top_k` experts, as far as their buffers have room.
@@ -53,7 +56,7 @@ class TokensChoice(SparseMoE):
         *,
         top_k: int = 1,
         capacity_factor: float = 1.0,
-        capacity_multiple: int = 4,
+        capacity_multiple: int = CAPACITY_MULTIPLE,
         group_size: int = 8,
         batch_priority: bool = True,
         noise_std: float = 1.0,
@@ -197,7 +200,8 @@ class ExpertsChoice(SparseMoE):
         )
 
     def capacity(self, tokens: int) -> int:
-        experts = self.router.shape[1]
+        # Under torch.jit.trace, sizes are tensors, which `round` does not take.
+        tokens, experts = int(tokens), int(self.router.shape[1])
         needed = round(tokens * self.capacity_factor / experts)
         if needed < 1:
             raise ValueError(
@@ -208,9 +212,15 @@ class ExpertsChoice(SparseMoE):
 
     def assign(self, gates: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
         """Fill the buffers, best first; of equal gates, the earliest token wins."""
-        # topk does not say which of equal values it takes, and a stable sort costs four times as
-        # much. Gates are not negative, so their bits order as they do; the place breaks ties.
-        bits = gates.transpose(1, 2).float().contiguous().view(torch.int32).long()
+        columns = gates.transpose(1, 2)
+        # Doubles leave no bits for the place, and torch.jit.trace cannot record a view as integers.
+        if gates.dtype == torch.float64 or torch.jit.is_tracing():
+            order = columns.argsort(dim=-1, descending=True, stable=True)
+            token = order[..., :capacity]
+            return token, torch.ones_like(token, dtype=torch.bool)
+        # topk is cheaper than a stable sort, but does not say which of equal values it takes.
+        # Gates are not negative, so their bits order as they do; the place breaks ties.
+        bits = columns.float().contiguous().view(torch.int32).long()
         place = torch.arange(gates.shape[1] - 1, -1, -1, device=gates.device)
         token = ((bits << 32) + place).topk(capacity, dim=-1).indices
         return token, torch.ones_like(token, dtype=torch.bool)

@@ -158,8 +158,9 @@ def test_padding_is_not_seen(block_size: int, padding: str) -> None:
     out = layer(x, mask)
     assert torch.equal(out[0, hidden], torch.zeros_like(out[0, hidden]))
     other = x.clone()
-    other[0, hidden] = 100.0
-    assert torch.equal(layer(other, mask), out)
+    for content in (100.0, torch.inf, torch.nan):
+        other[0, hidden] = content
+        assert torch.equal(layer(other, mask), out)
     torch.testing.assert_close(out[1], layer(x)[1], rtol=1e-12, atol=1e-14)
     if block_size == 1:
         alone = layer(x[:1, ~mask[0]])
@@ -187,6 +188,15 @@ def test_nothing_but_padding_is_finite() -> None:
     out.sum().backward()
     assert x.grad is not None
     assert not x.grad.any()
+
+
+@every_block_size
+def test_an_empty_sequence_stays_empty(block_size: int) -> None:
+    layer, x = make(block_size), sequences(0).requires_grad_()
+    for mask in (None, torch.zeros(2, 0, dtype=torch.bool)):
+        out = layer(x, mask)
+        assert (out.shape, out.dtype) == (x.shape, x.dtype)
+        out.sum().backward()
 
 
 @pytest.mark.parametrize(("block_size", "ratio"), [(1, 6.0), (3, 2.0)])

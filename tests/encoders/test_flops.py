@@ -13,6 +13,8 @@ from encoders import variants
 from encoders.experts import ExpertMLP
 from encoders.flops import expert_rows, image_flops, mlp_flops
 from encoders.soft_moe import SoftMoE
+from encoders.sparse_base import SparseMoE
+from encoders.sparse_moe import ExpertsChoice, TokensChoice
 
 # Paper, Tables 1 and 8: GFLOP per image, with JFT's 29,593 classes.
 PAPER = {
@@ -92,6 +94,17 @@ def test_rows_of_the_other_routers() -> None:
     ]
     # 32 x round(12.25); 8 images: 32 x ceil(102.9) = 103, to a multiple of 4, 104, over 8.
     assert rows == [196, 196, 32, 32 * 12, 32 * 104 / 8, 8 * 196]
+
+
+@pytest.mark.parametrize("multiple", [None, 1, 7])
+@pytest.mark.parametrize("kind", [TokensChoice, ExpertsChoice])
+def test_rows_follow_the_layers_capacity(kind: type[SparseMoE], multiple: int | None) -> None:
+    options: dict[str, Any] = {"capacity_factor": 1.3, "group_size": 3}
+    if multiple is not None:
+        options["capacity_multiple"] = multiple
+    router = "tokens_choice" if kind is TokensChoice else "experts_choice"
+    rows = expert_rows(router, 19, 5, **options)
+    assert rows == 5 * kind(2, 5, **options).capacity(3 * 19) / 3
 
 
 def test_every_row_costs_one_dense_mlp() -> None:

@@ -185,7 +185,7 @@ def test_operator_count_does_not_depend_on_the_number_of_experts(
 ) -> None:
     """In blocks it depends on the size of the hidden activations, which is one block here."""
     if batched:  # as on a GPU
-        monkeypatch.setattr(experts_module, "can_run_blocked", lambda x: False)
+        monkeypatch.setattr(experts_module, "can_run_blocked", lambda x, bank: False)
 
     def operators(num_experts: int) -> int:
         layer = SoftMoE(8, num_experts, 2, 4)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -151,6 +153,17 @@ def test_auxiliary_terms_follow_weights_mode_and_noise() -> None:
     assert experts.auxiliary_losses == {}
 
 
+def test_copies_and_pickles_after_a_training_step_leave_the_terms_behind() -> None:
+    layer, x = TokensChoice(8, 4, group_size=1), torch.randn(1, 6, 8)
+    layer(x)
+    terms = layer.auxiliary_losses
+    for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert twin.auxiliary_losses == {}
+        assert torch.equal(twin.eval()(x), layer.eval()(x))
+        layer.train().auxiliary_losses = terms
+    assert set(layer.auxiliary_losses) == {"importance", "load"}
+
+
 def test_z_loss_is_the_mean_squared_normaliser() -> None:
     logits = torch.tensor([[[0.0, 0.0], [1.0, 1.0]]])
     log2 = torch.tensor(2.0).log()
@@ -183,6 +196,24 @@ def test_capacity(layer: SparseMoE, tokens: int, capacity: int) -> None:
     assert layer.capacity(tokens) == capacity
     token, filled = layer.assign(torch.rand(1, tokens, layer.router.shape[1]), capacity)
     assert token.shape == filled.shape == (1, layer.router.shape[1], capacity)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_experts_take_the_largest_gates_of_any_precision(dtype: torch.dtype) -> None:
+    """Steps of one unit in the last place decide, and of equal gates the earliest token wins."""
+    step = torch.finfo(dtype).eps / 2  # of numbers from 0.5 to 1
+    gates = 0.5 + step * torch.tensor([1, 3, 0, 3, 2], dtype=dtype)
+    token, filled = ExpertsChoice(2, 1, capacity_factor=2).assign(gates.view(1, 5, 1), 4)
+    assert token.flatten().tolist() == [1, 3, 4, 0]
+    assert filled.all()
+
+
+@pytest.mark.filterwarnings("ignore:.*jit.*deprecated", "ignore::torch.jit.TracerWarning")
+@BOTH
+def test_traces(kind: type[SparseMoE]) -> None:
+    layer, x = kind(8, 4, group_size=1).eval(), torch.randn(2, 8, 8)
+    traced = torch.jit.trace(layer, x, check_trace=False)
+    assert_near(traced(x), layer(x), 1e-6)
 
 
 def test_a_capacity_of_zero_is_refused() -> None:

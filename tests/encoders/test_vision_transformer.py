@@ -121,7 +121,7 @@ def test_capacity_counts_every_token() -> None:
         ({"router_options": {"normalise": False}}, "did you mean normalize"),
         ({"router_options": {"noise_std": 1.0}, "router_noise_std": 0.5}, "give one"),
         ({"slots_per_expert": 1, "capacity_factor": 1.0}, "exclude each other"),
-        ({"capacity_factor": 0.01}, "no slot for 64 tokens"),
+        ({"capacity_factor": 0.01}, "without a slot for 64 tokens"),
         ({"num_experts": 0}, "num_experts must be at least 1, got 0"),
         ({"pos_embed": "rotary"}, "pos_embed='rotary': choose learn, none or sincos2d"),
         ({"pos_embed": "sincos2d", "embed_dim": 30}, "embed_dim=30 must be a multiple of 4"),

@@ -70,7 +70,11 @@ def test_two_processes_learn_what_one_learns(
     expected, found = rows(alone), rows(run_dir)
     assert [row["step"] for row in found] == list(range(1, STEPS + 1))
     for ours, theirs in zip(found, expected, strict=True):
-        assert ours == pytest.approx(theirs, rel=1e-4)
+        # How unequal experts are is measured by each process for its own images.
+        own = {name for name in theirs if name.endswith("_cv")}
+        assert {k: v for k, v in ours.items() if k not in own} == pytest.approx(
+            {k: v for k, v in theirs.items() if k not in own}, rel=1e-4
+        )
     (figures,), (expected_figures,) = rows(run_dir, "eval"), rows(alone, "eval")
     assert figures.pop("own/acc5") is expected_figures.pop("own/acc5") is None  # of four classes
     assert figures == pytest.approx(expected_figures, rel=1e-3)
