@@ -15,7 +15,7 @@ from encoders.auxiliary_losses import add_auxiliary_losses, routed_layers
 from encoders.pixels import Normalize
 from encoders.routed_layer import RoutedLayer
 from encoders.routing_statistics import RoutingMonitor
-from encoders.temperature import set_training_step, temperature_metrics
+from encoders.temperature import changing_temperatures, set_training_step, temperature_metrics
 from training.objective import Batch, Metrics, Objective
 
 # Position embeddings of text towers: open_clip's transformer, BERT and RoBERTa, and T5.
@@ -54,6 +54,7 @@ class ContrastiveObjective(Objective):
         self.model = model
         self.model_config, self.config = model_config, config
         self._routed_layers = routed_layers(model)
+        self._temperatures = changing_temperatures(model)
         self._monitor = RoutingMonitor(getattr(model.visual, "trunk", model.visual))
         self.mean, self.std = mean, std
         self.normalize = Normalize(mean, std)
@@ -75,7 +76,7 @@ class ContrastiveObjective(Objective):
             image = normalize_features(features["image_features"])
             text = normalize_features(features["text_features"])
             loss, metrics = self.loss(image, text, features, batch.get("group"))
-            metrics |= temperature_metrics(self.model)
+            metrics |= temperature_metrics(self._temperatures)
             metrics |= routing
             return add_auxiliary_losses(loss, metrics, self._routed_layers), metrics
 
@@ -113,7 +114,7 @@ class ContrastiveObjective(Objective):
         }
 
     def before_step(self, step: int) -> None:
-        set_training_step(self.model, step)
+        set_training_step(self._temperatures, step)
 
     def after_step(self) -> None:
         if self.config.max_logit_scale:
