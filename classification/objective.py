@@ -14,7 +14,7 @@ from classification.losses import LOSSES, smooth_targets
 from encoders.auxiliary_losses import add_auxiliary_losses, routed_layers
 from encoders.pixels import Normalize
 from encoders.routing_statistics import RoutingMonitor
-from encoders.temperature import set_training_step, temperature_metrics
+from encoders.temperature import changing_temperatures, set_training_step, temperature_metrics
 from encoders.variants import input_size
 from training.objective import Batch, Metrics, Objective
 
@@ -67,6 +67,7 @@ class ClassificationObjective(Objective):
         super().__init__()
         self.model, self.config, self.num_classes = model, config, num_classes
         self._routed_layers = routed_layers(model)
+        self._temperatures = changing_temperatures(model)
         self._monitor = RoutingMonitor(model)
         settings = model.pretrained_cfg
         self.normalize = Normalize(settings["mean"], settings["std"])
@@ -91,13 +92,13 @@ class ClassificationObjective(Objective):
             logits = self.model(images)
         with torch.autocast(images.device.type, enabled=False):
             loss = self.compute_loss(logits, targets)
-        metrics |= temperature_metrics(self.model)
+        metrics |= temperature_metrics(self._temperatures)
         if labels.ndim == 1:
             metrics["batch_accuracy"] = (logits.detach().argmax(-1) == labels).float().mean()
         return add_auxiliary_losses(loss, metrics, self._routed_layers), metrics
 
     def before_step(self, step: int) -> None:
-        set_training_step(self.model, step)
+        set_training_step(self._temperatures, step)
 
     def config_files(self) -> dict[str, dict[str, Any]]:
         """timm's `config.json`, so that `timm.create_model("local-dir:<checkpoint>")` works."""

@@ -21,7 +21,7 @@ from encoders.auxiliary_losses import add_auxiliary_losses, routed_layers
 from encoders.pixels import Normalize
 from encoders.routed_layer import RoutedLayer
 from encoders.routing_statistics import RoutingMonitor
-from encoders.temperature import set_training_step, temperature_metrics
+from encoders.temperature import changing_temperatures, set_training_step, temperature_metrics
 from training.objective import Batch, Metrics, Objective
 
 # Position embeddings of text towers: open_clip's transformer, BERT and RoBERTa, and T5.
@@ -61,6 +61,7 @@ class ContrastiveObjective(Objective):
         self.model = model
         self.model_config, self.config = model_config, config
         self._routed_layers = routed_layers(model)
+        self._temperatures = changing_temperatures(model)
         self._monitor = RoutingMonitor(getattr(model.visual, "trunk", model.visual))
         self.mean, self.std = mean, std
         self.normalize = Normalize(mean, std)
@@ -93,7 +94,7 @@ class ContrastiveObjective(Objective):
                 loss, metrics = self._loss_of_all(features, batch.get("group"))
             else:
                 loss, metrics = head(features)
-            metrics |= temperature_metrics(self.model)
+            metrics |= temperature_metrics(self._temperatures)
             metrics |= routing
             return add_auxiliary_losses(loss, metrics, self._routed_layers), metrics
 
@@ -173,7 +174,7 @@ class ContrastiveObjective(Objective):
         }
 
     def before_step(self, step: int) -> None:
-        set_training_step(self.model, step)
+        set_training_step(self._temperatures, step)
 
     def after_step(self) -> None:
         if self.config.max_logit_scale:

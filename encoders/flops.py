@@ -13,8 +13,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from timm.layers import Mlp
-from timm.models.vision_transformer import VisionTransformer
+from timm.layers import Attention, Mlp, PatchEmbed
+from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
 
 from encoders.soft_moe import SoftMoE
@@ -103,21 +103,25 @@ def attention_flops(tokens: int, dim: int) -> int:
     return 8 * tokens * dim * dim + 4 * tokens * tokens * dim
 
 
-def image_flops(model: VisionTransformer) -> dict[str, int]:
+def image_flops(
+    model: VisionTransformer, image_size: tuple[int, int] | None = None
+) -> dict[str, int]:
     """Operations per image of a dense or Soft MoE vision transformer, by part; also on "meta".
 
     Args:
-        model: a timm VisionTransformer or ours, with pooling that has no parameters. Patch dropout
-            is not considered: these are the operations of inference.
+        model: a timm VisionTransformer or ours, with plain blocks and patch embedding, and pooling
+            that has no parameters. Patch dropout is not considered: these are the operations of
+            inference.
+        image_size: (H, W); what the model was built for when None.
 
     Returns:
         "patch_embed", "attention", "mlp" (dense blocks), "routed" (Soft MoE blocks) and "head".
 
     Raises:
-        ValueError: a layer in place of an MLP, or a pooling, that this count does not know.
+        ValueError: a part that this count does not know: a stem (hybrid models), a block, an
+            attention, a layer in place of an MLP, a pooling, or another image size.
     """
-    if model.attn_pool is not None:
-        raise ValueError(f"global_pool='{model.global_pool}': no closed form for this pooling")
+    _check_known(model, image_size)
     patches, dim = model.patch_embed.num_patches, model.embed_dim
     tokens = patches + model.num_prefix_tokens
     kernel = model.patch_embed.proj.weight
@@ -142,3 +146,25 @@ def image_flops(model: VisionTransformer) -> dict[str, int]:
     after = [layer for name, layer in model.named_modules() if not name.startswith("blocks.")]
     counts["head"] = sum(2 * m.weight.numel() for m in after if isinstance(m, nn.Linear))
     return counts
+
+
+def _check_known(model: VisionTransformer, image_size: tuple[int, int] | None) -> None:
+    """Raise ValueError where anything but an MLP differs from what `image_flops` adds up."""
+    if model.attn_pool is not None:
+        raise ValueError(f"global_pool='{model.global_pool}': no closed form for this pooling")
+    embed: Any = model.patch_embed
+    if type(embed) is not PatchEmbed:
+        raise ValueError(f"patch_embed: no closed form for {type(embed).__name__}")
+    size: Any = embed.img_size
+    if image_size not in (None, size) or embed.dynamic_feat_size(size) != embed.grid_size:
+        raise ValueError(
+            f"image_size={image_size}: the closed form is that of {size} without padding"
+        )
+    dim = model.embed_dim
+    for index, block in enumerate(model.blocks):
+        if type(block) is not Block:
+            raise ValueError(f"blocks.{index}: no closed form for {type(block).__name__}")
+        attention = block.attn
+        linear = [tuple(m.weight.shape) for m in attention.modules() if isinstance(m, nn.Linear)]
+        if not isinstance(attention, Attention) or linear != [(3 * dim, dim), (dim, dim)]:
+            raise ValueError(f"blocks.{index}.attn: no closed form for {type(attention).__name__}")

@@ -35,8 +35,10 @@ from torch.nn.utils import parametrize
 from encoders.experts import ExpertMLP
 
 EXPERTS = ("*.experts.*fc?_weight",)
-ATTENTION = ("*.attn.qkv.weight", "*.attn.proj.weight")
-DENSE_MLPS = ("*.mlp.fc?.weight",)
+# The names of timm and of open_clip, whose text tower keeps q, k and v in `in_proj_weight`, a
+# parameter of the attention itself that no linear layer owns.
+ATTENTION = ("*.attn.qkv.weight", "*.attn.proj.weight", "*.attn.out_proj.weight")
+DENSE_MLPS = ("*.mlp.fc?.weight", "*.mlp.c_fc.weight", "*.mlp.c_proj.weight")
 EVERYWHERE = EXPERTS + ATTENTION + DENSE_MLPS
 SETTINGS = "lora"
 FACTORS = ("down", "up")
@@ -53,10 +55,9 @@ class LowRank(nn.Module):
     def __init__(self, kernel: Tensor, rank: int, scale: float) -> None:
         super().__init__()
         self.scale, self.is_bank = scale, kernel.ndim == 3
-        rows, columns = kernel.shape[-2:]
-        left, right = (*kernel.shape[:-1], rank), (*kernel.shape[:-2], rank, columns)
-        inputs, down, up = (rows, left, right) if self.is_bank else (columns, right, left)
+        down, up = factor_shapes(kernel.shape, rank)
         place = {"device": kernel.device, "dtype": kernel.dtype}
+        inputs = kernel.shape[-2 if self.is_bank else -1]
         bound = 1 / math.sqrt(inputs)  # as the paper's code: Kaiming uniform with a = sqrt(5)
         self.down = nn.Parameter(torch.empty(down, **place).uniform_(-bound, bound))
         self.up = nn.Parameter(torch.zeros(up, **place))
@@ -66,6 +67,13 @@ class LowRank(nn.Module):
             if self.is_bank:
                 return torch.baddbmm(kernel, self.down, self.up, alpha=self.scale)
             return torch.addmm(kernel, self.up, self.down, alpha=self.scale)
+
+
+def factor_shapes(kernel: torch.Size, rank: int) -> tuple[torch.Size, torch.Size]:
+    """Shapes of `down` and `up` for the kernel of a bank or of a linear layer; see `LowRank`."""
+    left = torch.Size((*kernel[:-1], rank))
+    right = torch.Size((*kernel[:-2], rank, kernel[-1]))
+    return (left, right) if len(kernel) == 3 else (right, left)
 
 
 class Place(NamedTuple):
@@ -107,11 +115,7 @@ class Lora:
         if self._base:
             raise ValueError("the adapters are merged: unmerge them before loading others")
         own = self.state_dict()
-        wrong = sorted(own.keys() ^ tensors.keys()) or sorted(
-            name for name in own if own[name].shape != tensors[name].shape
-        )
-        if wrong:
-            raise ValueError(f"the adapter is of another model; it differs in {', '.join(wrong)}")
+        _check_shapes({name: value.shape for name, value in own.items()}, tensors)
         for name, value in own.items():
             value.copy_(tensors[name])
 
@@ -133,11 +137,24 @@ class Lora:
             parametrize.remove_parametrizations(module, kernel, leave_parametrized=True)
 
     def unmerge(self) -> None:
-        """Undo `merge`: the very base kernels, with the same adapters on top."""
+        """Undo `merge`: the very base kernels, with the same adapters on top.
+
+        Both follow the model where it was moved or cast in between.
+
+        Raises:
+            ValueError: a kernel has another adapter by now.
+        """
+        for name in self._base:
+            module, kernel, _ = self.places[name]
+            if parametrize.is_parametrized(module, kernel):
+                raise ValueError(f"'{name}' has another adapter by now: merge that one first")
         for name, base in self._base.items():
             module, kernel, adapter = self.places[name]
+            merged = getattr(module, kernel)
+            place = {"device": merged.device, "dtype": merged.dtype}
             with torch.no_grad():
-                getattr(module, kernel).set_(base)
+                merged.set_(base.to(**place))
+            adapter.to(**place)
             parametrize.register_parametrization(module, kernel, adapter)
         self._base = {}
 
@@ -166,17 +183,8 @@ def add_lora(
         ValueError: the model has adapters already, a pattern matches nothing, a target is no
             kernel of an expert bank or linear layer, or the rank does not fit.
     """
-    if any(isinstance(module, LowRank) for module in model.modules()):
-        raise ValueError("the model has adapters already: merge them before adding others")
     parameters = dict(model.named_parameters())
-    whole = _matching(parameters, train)
-    if targets is None:
-        targets = [p for p in EVERYWHERE if any(fnmatchcase(name, p) for name in parameters)]
-    kernels = [name for name in _matching(parameters, targets) if name not in whole]
-    if not kernels:
-        raise ValueError(f"targets: the model has none of {', '.join(targets or EVERYWHERE)}")
-    for name in kernels:
-        _check_kernel(model, name, rank)
+    kernels, whole = _select(model, rank, targets, train)
     alpha = float(rank if alpha is None else alpha)
     model.requires_grad_(False)
     places = {}
@@ -193,7 +201,8 @@ def load_lora(model: nn.Module, path: str | Path) -> Lora:
     """Put the adapter that `Lora.save` wrote on a model with the same base weights.
 
     Raises:
-        ValueError: the file is missing or no adapter, or it is one of another model.
+        ValueError: the file is missing or no adapter, or it is one of another model, which then
+            stays as it was.
     """
     try:
         with safe_open(path, framework="pt") as file:
@@ -207,9 +216,43 @@ def load_lora(model: nn.Module, path: str | Path) -> Lora:
     kernels = [name.removesuffix(".up") for name in tensors if name.endswith(".up")]
     factors = {f"{kernel}.{factor}" for kernel in kernels for factor in FACTORS}
     whole = [name for name in tensors if name not in factors]
-    lora = add_lora(model, **json.loads(settings), targets=kernels, train=whole)
+    rank, alpha = (json.loads(settings)[name] for name in ("rank", "alpha"))
+    _select(model, rank, kernels, whole)
+    parameters = dict(model.named_parameters())
+    shapes = {name: parameters[name].shape for name in whole}
+    for name in kernels:
+        pairs = zip(FACTORS, factor_shapes(parameters[name].shape, rank), strict=True)
+        shapes |= {f"{name}.{factor}": shape for factor, shape in pairs}
+    _check_shapes(shapes, tensors)  # while the model can still be left alone
+    lora = add_lora(model, rank, alpha=alpha, targets=kernels, train=whole)
     lora.load_state_dict(tensors)
     return lora
+
+
+def _select(
+    model: nn.Module, rank: int, targets: Sequence[str] | None, train: Sequence[str]
+) -> tuple[list[str], list[str]]:
+    """Names of the kernels to adapt and of the parameters to train whole, or ValueError."""
+    if any(isinstance(module, LowRank) for module in model.modules()):
+        raise ValueError("the model has adapters already: merge them before adding others")
+    names = [name for name, _ in model.named_parameters()]
+    whole = _matching(names, train)
+    if targets is None:
+        targets = [p for p in EVERYWHERE if any(fnmatchcase(name, p) for name in names)]
+    kernels = [name for name in _matching(names, targets) if name not in whole]
+    if not kernels:
+        raise ValueError(f"targets: the model has none of {', '.join(targets or EVERYWHERE)}")
+    for name in kernels:
+        _check_kernel(model, name, rank)
+    return kernels, whole
+
+
+def _check_shapes(own: dict[str, torch.Size], tensors: dict[str, Tensor]) -> None:
+    wrong = sorted(own.keys() ^ tensors.keys()) or sorted(
+        name for name in own if own[name] != tensors[name].shape
+    )
+    if wrong:
+        raise ValueError(f"the adapter is of another model; it differs in {', '.join(wrong)}")
 
 
 def _matching(names: Iterable[str], patterns: Sequence[str]) -> list[str]:

@@ -120,8 +120,8 @@ def _expert_parameters(model: nn.Module) -> tuple[int, int, int]:
 def _flops(model: nn.Module, batch: int, image_size: tuple[int, int]) -> float:
     if isinstance(model, VisionTransformer):
         try:
-            return sum(image_flops(model).values())
-        except ValueError:  # a layer without closed form
+            return sum(image_flops(model, image_size).values())
+        except ValueError:  # a part without closed form
             pass
     with FlopCounterMode(display=False) as counter:
         _run_fake(model, batch, image_size)

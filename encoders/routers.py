@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -90,9 +91,10 @@ def build_routed_layer(
             layer that has slots and no capacity factor of its own.
 
     Raises:
-        ValueError: the name or an option does not exist, or the layer refuses a value.
+        ValueError: the name or an option does not exist, one is missing or of a wrong type, or the
+            layer refuses a value.
     """
-    layer, accepted = router_class(router), router_options(router)
+    layer, accepted, given = router_class(router), router_options(router), dict(options)
     if "slots_per_expert" in accepted and "capacity_factor" in options.keys() - accepted:
         factor = options.pop("capacity_factor")
         if "slots_per_expert" in options:
@@ -100,7 +102,8 @@ def build_routed_layer(
                 f"slots_per_expert={options['slots_per_expert']} and capacity_factor={factor}"
                 " exclude each other: give one"
             )
-        options["slots_per_expert"] = slots_for_capacity(tokens, num_experts, factor)
+        with _naming(router, given):
+            options["slots_per_expert"] = slots_for_capacity(tokens, num_experts, factor)
     for name in options:
         if name not in accepted:
             raise ValueError(
@@ -114,7 +117,17 @@ def build_routed_layer(
         "device": device,
         "dtype": dtype,
     }
-    return layer(**arguments, **options)
+    with _naming(router, given):
+        return layer(**arguments, **options)
+
+
+@contextmanager
+def _naming(router: str, options: dict[str, Any]) -> Iterator[None]:
+    """Options come from configuration files: one of a wrong type, or missing, is a bad value."""
+    try:
+        yield
+    except TypeError as error:
+        raise ValueError(f"router '{router}' cannot be built with {options}: {error}") from error
 
 
 def _suggest(wrong: str, right: Collection[str]) -> str:

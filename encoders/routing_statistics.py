@@ -33,6 +33,11 @@ class RoutingMonitor:
     device. The router runs in eval mode, so the figures are those of the clean router and no
     random number is drawn: training goes on as if nobody had watched.
 
+    Watching adds forward hooks. A model that torch.compile has compiled without them skips them, so
+    that nothing is recorded, unless `torch._dynamo.config.skip_nnmodule_hook_guards` is False; then
+    watched and unwatched passes are compiled apart. Hooks that stay would be copied and saved with
+    the model.
+
     Args:
         model: any module. Names of layers are relative to it, without the final ".mlp".
     """

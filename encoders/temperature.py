@@ -142,23 +142,28 @@ def build_temperature(
     return FixedTemperature(settings)
 
 
-def set_training_step(model: nn.Module, step: int) -> None:
-    """Tell the scheduled temperatures in `model` the step that comes next, counted from 0.
+def changing_temperatures(model: nn.Module) -> dict[str, Temperature]:
+    """The temperatures in `model` that change in training, by name; to be found once."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, LearnedTemperature | ScheduledTemperature)
+    }
+
+
+def set_training_step(temperatures: Mapping[str, Temperature], step: int) -> None:
+    """Tell scheduled ones of `temperatures` the step that comes next, counted from 0.
 
     Those in eval mode are left alone: a frozen tower keeps the temperature it was trained to.
     """
-    for module in model.modules():
+    for module in temperatures.values():
         if isinstance(module, ScheduledTemperature) and module.training:
             module.step.fill_(step)
 
 
-def temperature_metrics(model: nn.Module) -> dict[str, Tensor]:
-    """Temperatures that change in training, detached, to log by the name of their module."""
-    return {
-        f"temperature/{name}": module.value().detach()
-        for name, module in model.named_modules()
-        if isinstance(module, LearnedTemperature | ScheduledTemperature)
-    }
+def temperature_metrics(temperatures: Mapping[str, Temperature]) -> dict[str, Tensor]:
+    """The values of `temperatures`, detached, to log by the name of their module."""
+    return {f"temperature/{name}": module.value().detach() for name, module in temperatures.items()}
 
 
 def _positive(name: str, value: float) -> float:

@@ -108,7 +108,8 @@ class RoutedTextBlock(ResidualAttentionBlock):
             self.add_module(name, mlp if name == "mlp" else module)
 
     def get_weight_dtype(self) -> torch.dtype:
-        return self.get_parameter("mlp.experts.fc1_weight").dtype
+        mlp: Any = self.mlp
+        return mlp.experts.fc1_bias.dtype  # an adapted kernel would be summed up for its type
 
 
 def build_clip(model_config: dict[str, Any], output_dict: bool = False) -> CustomTextCLIP:

@@ -122,6 +122,7 @@ class SoftMoEVisionTransformer(VisionTransformer):
         self.pos_embed_std, self.fixed_pos_embed = pos_embed_std, fixed
         if fixed:
             self._fix_pos_embed()
+            self.register_load_state_dict_post_hook(_restore_positions)
         self.representation: nn.Module = nn.Identity()
         if representation_size is not None:
             self._add_representation(representation_size)
@@ -133,7 +134,8 @@ class SoftMoEVisionTransformer(VisionTransformer):
         kernel = self.patch_embed.proj.weight
         values = sincos_position_embedding(self.patch_embed.grid_size, self.embed_dim)
         del self.pos_embed
-        self.register_buffer("pos_embed", values.to(kernel), persistent=False)
+        values = values.to(kernel.device, kernel.dtype)
+        self.register_buffer("pos_embed", values, persistent=False)
 
     def _add_representation(self, width: int) -> None:
         if width < 1:
@@ -222,6 +224,11 @@ class SoftMoEVisionTransformer(VisionTransformer):
         """Tokens (B, M, d) to logits (B, classes), or to what the head sees."""
         x = self.representation(super().forward_head(x, pre_logits=True))
         return x if pre_logits else self.head(x)
+
+
+def _restore_positions(model: Any, _: object) -> None:
+    """Compute fixed positions after loading: on the meta device there were none to keep."""
+    model._fix_pos_embed()
 
 
 def block_factory(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from scripts.cli import parse_config, run
@@ -47,13 +48,17 @@ def main(argv: list[str] | None = None) -> None:
 
 def inspect_model(config: Inspection) -> None:
     """Print the sizes, and with images the routing figures, and draw them."""
+    from data_pipelines.pictures import read_pictures
     from eval.image_tower import open_image_tower
 
     _check(config)
-    print_sizes(open_image_tower(config.model, weights=False))
-    if config.images is not None:
+    tower, pictures = open_image_tower(config.model, weights=False), None
+    if config.images is not None:  # read before anything that takes long, for they may be missing
+        pictures = read_pictures(config.images, config.count, tower.image_size, config.image_keys)
+    print_sizes(tower)
+    if pictures is not None:
         print()
-        inspect_routing(config, open_image_tower(config.model))
+        inspect_routing(config, open_image_tower(config.model), pictures)
 
 
 def _check(config: Inspection) -> None:
@@ -64,6 +69,9 @@ def _check(config: Inspection) -> None:
             raise ValueError(f"{name} must be at least 1, got {getattr(config, name)}")
     if not config.output.endswith((".png", ".pdf", ".svg")):
         raise ValueError(f"output '{config.output}': choose a name that ends in .png, .pdf or .svg")
+    folder = Path(config.output).parent
+    if not folder.is_dir():
+        raise ValueError(f"output '{config.output}': make the folder '{folder}' first")
 
 
 def print_sizes(tower: Any) -> None:
@@ -108,15 +116,12 @@ def _size_rows(size: Any) -> dict[str, str]:
     }
 
 
-def inspect_routing(config: Inspection, tower: Any) -> None:
-    """Print a table of routing figures and draw the slots' maps."""
-    from data_pipelines.pictures import read_pictures
+def inspect_routing(config: Inspection, tower: Any, pictures: Any) -> None:
+    """Print a table of routing figures of pictures, uint8 (N, 3, S, S), and draw slot maps."""
     from encoders.pixels import Normalize
     from encoders.routing_inspection import choose_layer, draw_inspection
     from encoders.routing_statistics import collect_routing, layer_statistics, soft_only
 
-    source = config.images or ""
-    pictures = read_pictures(source, config.count, tower.image_size, config.image_keys)
     inputs = Normalize(tower.mean, tower.std)(pictures)
     routing = collect_routing(tower.model, inputs)
     what = "" if tower.trained else ", untrained"

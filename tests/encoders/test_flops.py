@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from encoders import variants
 from encoders.experts import ExpertMLP
 from encoders.flops import expert_rows, image_flops, mlp_flops
+from encoders.model_size import measure
 from encoders.soft_moe import SoftMoE
 from encoders.sparse_base import SparseMoE
 from encoders.sparse_moe import ExpertsChoice, TokensChoice
@@ -37,6 +38,11 @@ def counted(model: torch.nn.Module, *shape: int) -> int:
     return counter.get_total_flops()
 
 
+def fake(name: str) -> Any:
+    with torch.device("meta"):
+        return timm.create_model(name).eval()
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -55,6 +61,43 @@ def test_closed_form_equals_torchs_counter(options: dict[str, Any]) -> None:
 def test_closed_form_holds_for_timms_own_model() -> None:
     model = timm.create_model("test_vit")
     assert sum(image_flops(model).values()) == counted(model, 1, 3, *model.patch_embed.img_size)
+
+
+@pytest.mark.parametrize(
+    ("name", "closed"),
+    [
+        ("vit_tiny_patch16_224", True),
+        ("deit_tiny_distilled_patch16_224", True),
+        ("vit_tiny_r_s16_p8_224", False),  # a ResNet stem
+        ("vit_small_patch16_18x2_224", False),  # parallel blocks
+        ("test_vit2", True),
+        ("test_vit4", True),
+    ],
+)
+def test_timms_models_have_the_closed_form_or_are_counted(name: str, closed: bool) -> None:
+    model = fake(name)
+    size = model.pretrained_cfg["input_size"][-2:]
+    with FlopCounterMode(display=False) as counter:
+        model(torch.zeros(1, 3, *size, device="meta"))
+    if closed:
+        assert sum(image_flops(model, size).values()) == counter.get_total_flops()
+    else:
+        with pytest.raises(ValueError, match="no closed form for"):
+            image_flops(model, size)
+
+
+@pytest.mark.parametrize(
+    ("options", "size"),
+    [
+        ({"dynamic_img_size": True}, (96, 64)),
+        ({"dynamic_img_size": True, "dynamic_img_pad": True, "img_size": 72}, (72, 72)),
+    ],
+)
+def test_other_image_sizes_are_counted(options: dict[str, Any], size: tuple[int, int]) -> None:
+    model = timm.create_model(TEST, **options)
+    with pytest.raises(ValueError, match="the closed form is that of"):
+        image_flops(model, size)
+    assert measure(model, size).flops == counted(model, 1, 3, *size)
 
 
 @pytest.mark.parametrize("name", PAPER)
@@ -123,6 +166,9 @@ def test_what_has_no_closed_form_is_refused() -> None:
     model = variants.soft_moe_vit_test_patch16_64()
     model.blocks[0].mlp = torch.nn.Identity()
     with pytest.raises(ValueError, match=r"blocks\.0\.mlp: no closed form for Identity"):
+        image_flops(model)
+    model.blocks[0].attn.proj = torch.nn.Linear(32, 64)
+    with pytest.raises(ValueError, match=r"blocks\.0\.attn: no closed form for BiasFreeQKNorm"):
         image_flops(model)
     with pytest.raises(ValueError, match="global_pool='map'"):
         image_flops(timm.create_model(TEST, global_pool="map"))

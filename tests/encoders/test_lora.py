@@ -166,8 +166,42 @@ def test_files_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     lora.save(tmp_path / "adapter.safetensors")
     with pytest.raises(ValueError, match=r"fc1_weight' matches no parameter"):
         load_lora(tiny(moe_blocks=0), tmp_path / "adapter.safetensors")
+    model = tiny(num_experts=8)
+    names = model.state_dict().keys()
     with pytest.raises(ValueError, match=r"differs in blocks\.1\.mlp\.experts\.fc1_weight\.down"):
-        load_lora(tiny(num_experts=8), tmp_path / "adapter.safetensors")
+        load_lora(model, tmp_path / "adapter.safetensors")
+    assert model.state_dict().keys() == names  # and the model is as it was
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    add_lora(model, rank=2)
+
+
+def test_an_adapter_does_not_come_back_below_another() -> None:
+    model = tiny()
+    first = add_lora(model, rank=2)
+    disturb(first)
+    adapted = outputs(model)
+    first.merge()
+    second = add_lora(model, rank=2, targets=[f"{BANK}.fc2_weight"])
+    with pytest.raises(ValueError, match=r"fc2_weight' has another adapter by now"):
+        first.unmerge()
+    assert torch.equal(outputs(model), adapted)  # nothing counts twice
+    second.merge()
+    first.unmerge()
+    assert torch.equal(outputs(model), adapted)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_model_can_be_cast_while_merged(dtype: torch.dtype) -> None:
+    model, twin = tiny(), tiny()
+    lora, same = add_lora(model, rank=2), add_lora(twin, rank=2)
+    disturb(lora)
+    same.load_state_dict(lora.state_dict())
+    lora.merge()
+    model.to(dtype)
+    lora.unmerge()
+    twin.to(dtype)
+    assert all(torch.equal(v, twin.state_dict()[name]) for name, v in model.state_dict().items())
+    assert torch.equal(model(images().to(dtype)), twin(images().to(dtype)))
 
 
 def test_what_cannot_be_adapted_is_refused() -> None:

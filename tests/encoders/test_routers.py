@@ -52,6 +52,12 @@ def test_capacity_factor_becomes_slots() -> None:
         ("soft", {"capacity_factor": -1.0}, "capacity_factor must be positive, got -1.0"),
         ("soft", {"capacity_factor": 1.0, "slots_per_expert": 2}, "exclude each other"),
         ("soft", {"slots_per_expert": 0}, "slots_per_expert must be at least 1, got 0"),
+        ("soft", {"capacity_factor": "1"}, r"router 'soft' .* \{'capacity_factor': '1'\}: "),
+        ("tokens_choice", {"top_k": "2"}, r"router 'tokens_choice' .* \{'top_k': '2'\}: "),
+        ("token_mixture", {"temperature": None}, r"'token_mixture' .* \{'temperature': None\}: "),
+        ("token_mixture", {"temperature": [1]}, r"'token_mixture' .* \{'temperature': \[1\]\}: "),
+        ("image_mixture", {"temperature": {"start": "a", "minimum": 1}}, r"'image_.*'start': 'a'"),
+        ("hierarchical_mixture", {}, r"router 'hierarchical_mixture' .* 'num_groups'"),
     ],
 )
 def test_what_a_layer_does_not_take_is_refused(

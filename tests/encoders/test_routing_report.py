@@ -126,6 +126,17 @@ def test_every_router_has_figures_that_training_and_reports_share(router: str) -
     assert not any(module._forward_hooks for module in model.modules())
 
 
+def test_watching_a_compiled_model_needs_guards_on_hooks() -> None:
+    layer = SoftMoE(8, 2)
+    monitor = RoutingMonitor(nn.Sequential(layer))
+    with torch._dynamo.config.patch(skip_nnmodule_hook_guards=False):
+        compiled = torch.compile(layer, backend="eager")
+        for active in (False, True, False, True):
+            with monitor.watch(active) as figures:
+                compiled(torch.randn(2, 4, 8))
+            assert len(figures) == active * len(SOFT)
+
+
 def test_all_routers_are_covered() -> None:
     asked = {name for name, layer in ROUTERS.items() if hasattr(layer, "route")}
     assert asked == set(ROUTERS)

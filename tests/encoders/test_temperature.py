@@ -21,6 +21,7 @@ from encoders.temperature import (
     LearnedTemperature,
     ScheduledTemperature,
     build_temperature,
+    changing_temperatures,
     set_training_step,
     temperature_metrics,
 )
@@ -99,17 +100,17 @@ def test_a_schedule_decays_to_its_minimum() -> None:
     schedule = build_temperature(SCHEDULE)
     values = []
     for step in (0, 1, 2, 4, 5, 1_000_000):
-        set_training_step(schedule, step)
+        set_training_step(changing_temperatures(schedule), step)
         values.append(schedule.value().item())
     assert values == pytest.approx([2.0, 2 * 0.5**0.5, 1.0, 0.5, 0.5, 0.5])
     recipe = ScheduledTemperature(1.0, 0.1, 0.99, 100)
-    set_training_step(recipe, 12_345)
+    set_training_step(changing_temperatures(recipe), 12_345)
     assert recipe.value().item() == pytest.approx(0.99**123.45, rel=1e-5)
 
 
 def test_the_step_is_saved_with_the_model() -> None:
     first, second = build_temperature(SCHEDULE), build_temperature(SCHEDULE)
-    set_training_step(first, 3)
+    set_training_step(changing_temperatures(first), 3)
     second.load_state_dict(first.state_dict())
     assert torch.equal(second.value(), first.value())
     second.reset_parameters()
@@ -118,7 +119,7 @@ def test_the_step_is_saved_with_the_model() -> None:
 
 def test_eval_mode_keeps_the_step() -> None:
     model = nn.ModuleList([build_temperature(SCHEDULE), build_temperature(SCHEDULE).eval()])
-    set_training_step(model, 2)
+    set_training_step(changing_temperatures(model), 2)
     assert [temperature.value().item() for temperature in model] == [1.0, 2.0]
 
 
@@ -126,7 +127,7 @@ def test_metrics_name_what_changes() -> None:
     model = nn.ModuleDict(
         {"a": routed(1.0), "b": routed("learned"), "c": routed(SCHEDULE)}
     )  # fmt: skip
-    metrics = temperature_metrics(model)
+    metrics = temperature_metrics(changing_temperatures(model))
     assert set(metrics) == {"temperature/b.temperature", "temperature/c.temperature"}
     assert [value.item() for value in metrics.values()] == [1.0, 2.0]
     assert not any(value.requires_grad for value in metrics.values())
@@ -165,6 +166,15 @@ def test_the_loop_advances_a_schedule_and_logs_it(tmp_path: Path) -> None:
     assert logged == pytest.approx([2.0, 2 * 0.5**0.5, 1.0, 0.5**0.5])
 
 
+def test_a_training_step_does_not_search_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    objective = classifier(SCHEDULE)
+    monkeypatch.delattr(nn.Module, "named_modules")  # what every search of a model goes through
+    objective.before_step(2)
+    labels = torch.tensor([0, 1])
+    _, metrics = objective({"image": torch.zeros(2, 3, 64, 64, dtype=torch.uint8), "label": labels})
+    assert metrics["temperature/blocks.1.mlp.temperature"].item() == 1.0
+
+
 @pytest.mark.parametrize("temperature", [SCHEDULE, "learned"])
 def test_a_resumed_run_has_the_same_temperature(tmp_path: Path, temperature: Any) -> None:
     unbroken = fit(classifier(temperature), tmp_path / "a", 6)
@@ -184,7 +194,7 @@ def test_a_frozen_tower_keeps_its_temperature() -> None:
     description = model_config(image, text, config)
     model = build_dual_encoder(description)
     model.visual.trunk.blocks[1].mlp = routed(SCHEDULE)
-    set_training_step(model.visual, 4)
+    set_training_step(changing_temperatures(model.visual), 4)
     head = model.visual.head
     head.add_module("temperature", build_temperature(SCHEDULE))
     frozen = frozen_parts(model, image, text)

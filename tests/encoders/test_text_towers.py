@@ -22,6 +22,7 @@ from transformers import (
 
 from encoders import variants
 from encoders.causal_soft_moe import CausalSoftMoE
+from encoders.lora import add_lora
 from encoders.text_towers import (
     ROUTED_BLOCKS,
     build_clip,
@@ -34,6 +35,30 @@ from encoders.text_towers import (
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "red", "apple", "app", "##s"]
 IMAGE = "soft_moe_vit_test_patch16_64"
 VISION = {"timm_model_name": IMAGE, "image_size": variants.input_size(IMAGE)}
+
+
+def dual_encoder(text_config: dict[str, Any]) -> Any:
+    torch.manual_seed(0)
+    return build_clip({"embed_dim": 8, "vision_cfg": VISION, "text_cfg": text_config})
+
+
+@pytest.mark.parametrize("routed", [(), (0,), (1,)])
+def test_adapters_reach_the_text_tower(routed: tuple[int, ...]) -> None:
+    model = dual_encoder(route_text_blocks(open_clip_text_config(16, 2, 2, 8), routed, 2)).eval()
+    text = torch.tensor([[49406, 320, 49407, 0, 0, 0, 0, 0]])
+    before = model.encode_text(text).detach()
+    lora = add_lora(model, 2)
+    assert torch.equal(model.encode_text(text), before)
+    block = "text.transformer.resblocks."
+    dense, experts = ("c_fc.weight", "c_proj.weight"), ("experts.fc1_weight", "experts.fc2_weight")
+    assert {name for name in lora.places if name.startswith("text.")} == {
+        *(f"{block}{index}.attn.out_proj.weight" for index in (0, 1)),
+        *(f"{block}{i}.mlp.{name}" for i in (0, 1) for name in (experts if i in routed else dense)),
+    }
+    model.train().encode_text(text).sum().backward()
+    for name, place in lora.places.items():
+        grad = place.adapter.up.grad
+        assert name.startswith("visual.") or (grad is not None and grad.any()), name
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from typing import Any
 
 import numpy as np
@@ -83,6 +84,20 @@ def test_weights_drawn_after_the_meta_device_are_complete(pos_embed: str) -> Non
     assert model(images()).isfinite().all()
 
 
+@pytest.mark.parametrize("assign", [True, False])
+def test_weights_loaded_after_the_meta_device_are_complete(assign: bool) -> None:
+    """Fixed positions are in no checkpoint."""
+    whole = micro(pos_embed="sincos2d").double().eval()
+    with torch.device("meta"):
+        model = micro(pos_embed="sincos2d").eval()
+    if not assign:
+        model.double().to_empty(device="cpu").pos_embed.fill_(torch.nan)
+    model.load_state_dict(whole.state_dict(), assign=assign)
+    assert model.pos_embed.dtype == torch.float64
+    torch.testing.assert_close(model(images().double()), whole(images().double()))
+    pickle.dumps(model)
+
+
 def test_initialisation_can_be_skipped() -> None:
     model = micro(weight_init="skip")
     assert model.head.bias.unique().numel() == 5  # torch's own initial values, not -log(5)
@@ -121,7 +136,7 @@ def test_capacity_counts_every_token() -> None:
         ({"router_options": {"normalise": False}}, "did you mean normalize"),
         ({"router_options": {"noise_std": 1.0}, "router_noise_std": 0.5}, "give one"),
         ({"slots_per_expert": 1, "capacity_factor": 1.0}, "exclude each other"),
-        ({"capacity_factor": 0.01}, "without a slot for 64 tokens"),
+        ({"capacity_factor": 0.01}, "4 experts without a slot for 64 tokens"),
         ({"num_experts": 0}, "num_experts must be at least 1, got 0"),
         ({"pos_embed": "rotary"}, "pos_embed='rotary': choose learn, none or sincos2d"),
         ({"pos_embed": "sincos2d", "embed_dim": 30}, "embed_dim=30 must be a multiple of 4"),

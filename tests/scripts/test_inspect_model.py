@@ -10,6 +10,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
 
 import encoders.variants  # noqa: F401  (registers the models)
 from contrastive.config import ContrastiveConfig, ImageTowerConfig, TextTowerConfig
@@ -121,7 +122,12 @@ def test_sizes_of_other_routers(router: str, per_image: int) -> None:
     assert sizes.image_parameters == sizes.parameters - (4 - per_image) * expert
     assert sizes.slot_parameters == sizes.parameters - 3 * expert
     assert 0 <= sizes.slot_parameters - twin.parameters <= 32 * 4 + 1  # what routers add
-    assert sizes.flops > twin.flops / 2
+    real = timm.create_model(TEST, num_classes=0, router=router, **options).eval()
+    layer: Any = real.blocks[1].mlp
+    batch = getattr(layer, "group_size", 1)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        real(torch.zeros(batch, 3, 48, 16))
+    assert sizes.flops == counter.get_total_flops() / batch
     assert sizes.activation_bytes > 0
     assert model.training
 
@@ -182,6 +188,7 @@ def test_what_cannot_be_inspected_is_refused(
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "config.json").write_text("{")
     images = f"--images={shards}"
+    missing = tmp_path / "none" / "figure.png"
     for arguments, problem in (
         ([], "no model given"),
         (["soft_moe_vit_tset_patch16_64"], f"did you mean {TEST}"),
@@ -193,10 +200,26 @@ def test_what_cannot_be_inspected_is_refused(
         ([TEST, images, "--block=0"], "block 0 has no slots: choose from 1"),
         ([TEST, images, "--rows=0"], "rows must be at least 1"),
         ([TEST, images, "--output=figure.exe"], "ends in .png, .pdf or .svg"),
+        ([TEST, images, f"--output={missing}"], f"make the folder '{missing.parent}' first"),
         ([TEST, "--imagse=x"], "did you mean 'images'"),
         (["dense_vit_test_patch16_64", images], "no routed layer"),
     ):
         assert problem in refusal(capsys, *arguments), arguments
+
+
+@pytest.mark.parametrize("wrong", ["images", "output"])
+def test_paths_are_checked_before_anything_is_measured(
+    capsys: pytest.CaptureFixture[str], shards: Path, tmp_path: Path, wrong: str
+) -> None:
+    paths = {"images": shards, "output": tmp_path / "figure.png"} | {
+        wrong: tmp_path / "no" / "x.png"
+    }
+    with pytest.raises(SystemExit) as stop:
+        inspect_model.main([TEST, *(f"--{name}={path}" for name, path in paths.items())])
+    assert stop.value.code == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert len(err.splitlines()) == 1
 
 
 def test_help_is_short_of_heavy_imports(run_python: Any) -> None:
