@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -162,6 +163,7 @@ def load_image_trunk(model: Any, source: str) -> None:
             raise CheckpointError(f"image.init_from '{source}' holds no complete checkpoint")
         path = newest
     if path.is_dir():
+        _refuse_arguments(path / "config.json")
         path = path / "model.safetensors"
     tensors = load_tensors(path)
     trunk = model.visual.trunk
@@ -171,3 +173,15 @@ def load_image_trunk(model: Any, source: str) -> None:
     heads, kept = tuple(f"{name.partition('.')[0]}." for name in names), trunk.state_dict()
     tensors = {k: v for k, v in tensors.items() if k in kept or not k.startswith(heads)}
     load_weights(trunk, tensors, str(path))
+
+
+def _refuse_arguments(path: Path) -> None:
+    """Weights of another router can fit by name and shape and still be another function."""
+    arguments = (
+        json.loads(path.read_text(encoding="utf-8")).get("model_args") if path.is_file() else None
+    )
+    if arguments:
+        raise CheckpointError(
+            f"{path.parent} was trained with model.arguments {arguments}, which dual encoders do"
+            " not take yet: pretrain a registered model (encoders/variants.py) without arguments"
+        )

@@ -325,6 +325,18 @@ def test_a_classifier_of_another_architecture_is_explained(
         load_image_trunk(make_objective().model, str(tmp_path / "empty"))
 
 
+def test_a_classifier_with_another_router_is_refused(
+    classifier: tuple[Path, dict[str, Tensor]], tmp_path: Path
+) -> None:
+    """Its weights would fit by name and shape."""
+    _, weights = classifier
+    save_file(weights, tmp_path / "model.safetensors")
+    described = {"architecture": TEST, "model_args": {"router": "soft_uniform"}}
+    (tmp_path / "config.json").write_text(json.dumps(described))
+    with pytest.raises(CheckpointError, match=r"model\.arguments \{'router': 'soft_uniform'\}"):
+        load_image_trunk(make_objective().model, str(tmp_path))
+
+
 ROUTED_TEXT = TextTowerConfig(
     width=16, heads=2, layers=2, context_length=8, moe_blocks=1, num_experts=3, slot_block_size=2
 )
