@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.installed
 
 help:
 	@echo "make demo       install, train and evaluate on the embedded pictures, write runs/demo/report.html"
-	@echo "make demo-long  the same with the preset that takes about an hour"
+	@echo "make demo-long  the same with presets that take about half an hour"
 	@echo "make test       install and run all tests"
 	@echo "make bench      time and memory of the routed layers on the CPU (bench-gpu: on a GPU)"
 	@echo "make lint types check style and types"
