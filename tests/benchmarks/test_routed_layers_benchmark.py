@@ -13,7 +13,7 @@ CASES = {case.label: case for setting in SETTINGS for case in setting.cases if p
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_every_case_builds_and_trains(case: Case) -> None:
     layer = build(case, 8)
-    tokens = torch.randn(2, 196, 8, requires_grad=True)
+    tokens = torch.randn(8, 196, 8, requires_grad=True)  # Tokens Choice groups 8
     run_pass(layer, tokens, "forward")
     assert tokens.grad is None
     run_pass(layer, tokens, "training")
