@@ -12,15 +12,14 @@ n block size, C positions of a chunk, K blocks of a chunk.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, Unpack
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from encoders.experts import ExpertMLP
-from encoders.routed_layer import RoutedLayer
-from encoders.soft_moe import init_slot_router, l2_normalize
+from encoders.routed_layer import ExpertOptions
+from encoders.soft_moe import SlotLayer
 
 # Positions whose dispatch weights are held at a time, (S, K, C) numbers per sequence: no more than
 # the slots themselves take, (S, K, d), for usual widths.
@@ -42,11 +41,10 @@ class CausalState(NamedTuple):
     position: int
 
 
-class CausalSoftMoE(RoutedLayer):
+class CausalSoftMoE(SlotLayer):
     """Soft MoE in place of the MLP of a causal transformer block: (B, L, d) to (B, L, d).
 
-    Parameters, logits and precision are those of `encoders.soft_moe.SoftMoE`: `phi` (d, E, P) and
-    `scale`, L2-normalised tokens and phi in the logits, float32 routing even under autocast, tokens
+    Parameters, logits and precision are those of `encoders.soft_moe.SoftMoE`, and the tokens are
     averaged as they are. All softmaxes run on differences to a maximum, so any scale is safe.
 
     With block size n, positions t of a block k * n ... k * n + n - 1 share slots that average the
@@ -59,13 +57,8 @@ class CausalSoftMoE(RoutedLayer):
     it affordable.
 
     Args:
-        dim: token width d.
-        num_experts: E.
-        slots_per_expert: P.
-        hidden_dim: hidden width of an expert, 4 * dim when None.
+        dim, num_experts, slots_per_expert, hidden_dim, **experts: see `SlotLayer`.
         block_size: n, the positions that share slots.
-        identical_experts: start all experts equal, as Soft MoE does.
-        dropout: dropout inside the experts.
 
     Raises:
         ValueError: a size is not positive.
@@ -79,49 +72,17 @@ class CausalSoftMoE(RoutedLayer):
         hidden_dim: int | None = None,
         *,
         block_size: int = 1,
-        identical_experts: bool = True,
-        dropout: float = 0.0,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        **experts: Unpack[ExpertOptions],
     ) -> None:
-        super().__init__()
-        for name, value in (("slots_per_expert", slots_per_expert), ("block_size", block_size)):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+        super().__init__(dim, num_experts, slots_per_expert, hidden_dim, **experts)
+        if block_size < 1:
+            raise ValueError(f"block_size must be at least 1, got {block_size}")
         self.block_size = block_size
-        self.experts = ExpertMLP(
-            num_experts,
-            dim,
-            4 * dim if hidden_dim is None else hidden_dim,
-            identical_init=identical_experts,
-            dropout=dropout,
-            device=device,
-            dtype=dtype,
-        )
-        shape = (dim, num_experts, slots_per_expert)
-        self.phi = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
-        self.scale = nn.Parameter(torch.empty((), device=device, dtype=dtype))
-        self.init_weights()
-
-    def init_weights(self) -> None:
-        """See `init_slot_router`; the experts initialise themselves."""
-        init_slot_router(self.phi, self.scale)
-
-    def no_weight_decay(self) -> set[str]:
-        """Names, relative to this layer, that an optimizer must not decay."""
-        return {"phi", "scale", "experts.fc1_bias", "experts.fc2_bias"}
 
     def expert_flops_ratio(self) -> float:
         """FLOPs of the experts per position over those of one dense MLP of their hidden width."""
         _, experts, slots = self.phi.shape
         return experts * slots / self.block_size
-
-    def logits(self, x: Tensor) -> Tensor:
-        """Router logits (B, L, S) of positions (B, L, d), in float32 or wider."""
-        with torch.autocast(x.device.type, enabled=False):
-            wide = torch.promote_types(x.dtype, torch.float32)
-            phi = l2_normalize(self.phi.to(wide).flatten(1), 0)
-            return l2_normalize(x.to(wide), -1) @ (self.scale.to(wide) * phi)
 
     def forward(self, x: Tensor, padding_mask: Tensor | None = None) -> Tensor:
         """Map positions (B, L, d) to (B, L, d) in the dtype of `x` (or of autocast).
@@ -226,8 +187,4 @@ class CausalSoftMoE(RoutedLayer):
         return y.flatten(1, 2)[:, :count]
 
     def extra_repr(self) -> str:
-        dim, experts, slots = self.phi.shape
-        return (
-            f"dim={dim}, num_experts={experts}, slots_per_expert={slots},"
-            f" block_size={self.block_size}"
-        )
+        return f"{super().extra_repr()}, block_size={self.block_size}"

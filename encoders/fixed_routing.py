@@ -9,11 +9,12 @@ Shape legend: B images, M tokens, d width, E experts, P slots per expert, S = E 
 
 from __future__ import annotations
 
+from typing import Unpack
+
 import torch
 from torch import Tensor
 
-from encoders.experts import ExpertMLP
-from encoders.routed_layer import RoutedLayer
+from encoders.routed_layer import INDEPENDENT, ExpertOptions, RoutedLayer
 from encoders.soft_moe import RoutingWeights, SoftMoE
 
 
@@ -21,12 +22,8 @@ class FixedRouting(RoutedLayer):
     """Base of the layers without a router: their only parameters are the experts.
 
     Args:
-        dim: token width d.
-        num_experts: E.
+        dim, num_experts, hidden_dim, **experts: see `RoutedLayer`.
         slots_per_expert: P.
-        hidden_dim: hidden width of an expert, 4 * dim when None.
-        identical_experts: start all experts equal.
-        dropout: dropout inside the experts.
 
     Raises:
         ValueError: a size is not positive.
@@ -38,32 +35,12 @@ class FixedRouting(RoutedLayer):
         num_experts: int,
         slots_per_expert: int = 1,
         hidden_dim: int | None = None,
-        *,
-        identical_experts: bool = True,
-        dropout: float = 0.0,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        **experts: Unpack[ExpertOptions],
     ) -> None:
-        super().__init__()
+        super().__init__(dim, num_experts, hidden_dim, **experts)
         if slots_per_expert < 1:
             raise ValueError(f"slots_per_expert must be at least 1, got {slots_per_expert}")
         self.slots_per_expert = slots_per_expert
-        self.experts = ExpertMLP(
-            num_experts,
-            dim,
-            4 * dim if hidden_dim is None else hidden_dim,
-            identical_init=identical_experts,
-            dropout=dropout,
-            device=device,
-            dtype=dtype,
-        )
-
-    def init_weights(self) -> None:
-        """Nothing to draw: the experts initialise themselves."""
-
-    def no_weight_decay(self) -> set[str]:
-        """Names, relative to this layer, that an optimizer must not decay."""
-        return {"experts.fc1_bias", "experts.fc2_bias"}
 
 
 class IdentityRouting(FixedRouting):
@@ -82,7 +59,7 @@ class IdentityRouting(FixedRouting):
     def forward(self, x: Tensor) -> Tensor:
         """Map tokens (B, S, d) to (B, S, d) in the dtype of `x` (or of autocast)."""
         batch, tokens, dim = x.shape
-        experts, slots = self.experts.num_experts, self.slots_per_expert
+        experts, slots = self.num_experts, self.slots_per_expert
         if tokens != experts * slots:
             raise ValueError(
                 f"identity routing gives every token its own slot, but {tokens} tokens meet"
@@ -108,33 +85,20 @@ class UniformRouting(FixedRouting):
         num_experts: int,
         slots_per_expert: int = 1,
         hidden_dim: int | None = None,
-        *,
-        identical_experts: bool = False,
-        dropout: float = 0.0,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        **experts: Unpack[ExpertOptions],
     ) -> None:
-        super().__init__(
-            dim,
-            num_experts,
-            slots_per_expert,
-            hidden_dim,
-            identical_experts=identical_experts,
-            dropout=dropout,
-            device=device,
-            dtype=dtype,
-        )
+        super().__init__(dim, num_experts, slots_per_expert, hidden_dim, **(INDEPENDENT | experts))
 
     def route(self, x: Tensor) -> RoutingWeights:
         """Tokens (B, M, d) to the weights that `forward` does not compute, for reports."""
-        slots = self.experts.num_experts * self.slots_per_expert
+        slots = self.num_experts * self.slots_per_expert
         wide = torch.promote_types(x.dtype, torch.float32)
         logits = torch.zeros(*x.shape[:2], slots, device=x.device, dtype=wide)
         return RoutingWeights(logits, logits.softmax(1), logits.softmax(2))
 
     def forward(self, x: Tensor) -> Tensor:
         """Map tokens (B, M, d) to (B, M, d) in the dtype of `x` (or of autocast)."""
-        rows = x.mean(1).expand(self.experts.num_experts, -1, -1)
+        rows = x.mean(1).expand(self.num_experts, -1, -1)
         return self.experts(rows).mean(0).unsqueeze(1).expand(x.shape)
 
 

@@ -131,7 +131,7 @@ def routing_scalars(layer: Any, routing: Any) -> dict[str, Tensor]:
     if isinstance(routing, SparseRouting):
         return layer.routing_scalars(routing)
     if isinstance(routing, RoutingWeights):
-        return soft_scalars(routing, layer.experts.num_experts)
+        return soft_scalars(routing, layer.num_experts)
     return _combine_scalars(routing, routing.shape[2])
 
 

@@ -11,13 +11,12 @@ slot s belongs to expert s // P.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import NamedTuple, Unpack
 
 import torch
 from torch import Tensor, nn
 
-from encoders.experts import ExpertMLP
-from encoders.routed_layer import RoutedLayer
+from encoders.routed_layer import ExpertOptions, RoutedLayer
 
 # Inside the root, as in google-research/vmoe `vmoe/projects/soft_moe/router.py`; the paper's
 # Algorithm 2 adds it to the norm instead, which differs measurably for many experts.
@@ -67,31 +66,72 @@ def lecun_normal_(weight: Tensor, fan_in: int) -> None:
     nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)
 
 
-def init_slot_router(phi: Tensor, scale: Tensor) -> None:
-    """LeCun normal for phi (d, E, P) with fan-in d * E (its first two axes, as the reference), and
-    scale 1."""
-    lecun_normal_(phi, phi.shape[0] * phi.shape[1])
-    nn.init.ones_(scale)
-
-
-class SoftMoE(RoutedLayer):
-    """Soft MoE in place of a transformer block's MLP: (B, M, d) to (B, M, d).
+class SlotLayer(RoutedLayer):
+    """What Soft MoE and its causal form share: experts with learned slots, and their logits.
 
     Router parameters: `phi` (d, E, P), one vector per slot, and `scale`, a 0-D tensor that
     multiplies the logits (init 1, unconstrained). Logits are the products of L2-normalised tokens
-    and L2-normalised `phi`; the tokens that are averaged into slots are *not* normalised (paper
-    section 2.3, and the public router). Logits and both softmaxes run in float32 even under
-    autocast; the two mixtures and the experts run in the compute dtype.
+    and L2-normalised `phi`, in float32 even under autocast.
 
     Args:
-        dim: token width d.
-        num_experts: E.
+        dim, num_experts, hidden_dim, **experts: see `RoutedLayer`.
+        slots_per_expert: P.
+
+    Raises:
+        ValueError: a size is not positive.
+    """
+
+    normalize = True
+
+    def __init__(
+        self,
+        dim: int,
+        num_experts: int,
+        slots_per_expert: int = 1,
+        hidden_dim: int | None = None,
+        **experts: Unpack[ExpertOptions],
+    ) -> None:
+        super().__init__(dim, num_experts, hidden_dim, **experts)
+        if slots_per_expert < 1:
+            raise ValueError(f"slots_per_expert must be at least 1, got {slots_per_expert}")
+        self.phi = self.new_parameter(dim, num_experts, slots_per_expert)
+        self.scale = self.new_parameter()
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """Scale 1, LeCun normal for phi with fan-in d * E: its first two axes, as the reference."""
+        lecun_normal_(self.phi, self.phi[..., 0].numel())
+        nn.init.ones_(self.scale)
+
+    def no_weight_decay(self) -> set[str]:
+        return {"phi", "scale"} | super().no_weight_decay()
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Router logits (B, M, S) of tokens (B, M, d), without noise, in float32 or wider."""
+        with torch.autocast(x.device.type, enabled=False):
+            wide = torch.promote_types(x.dtype, torch.float32)
+            tokens, phi = x.to(wide), self.phi.to(wide).flatten(1)
+            if self.normalize:
+                tokens, phi = l2_normalize(tokens, -1), l2_normalize(phi, 0)
+            return tokens @ (self.scale.to(wide) * phi)
+
+    def extra_repr(self) -> str:
+        dim, experts, slots = self.phi.shape
+        return f"dim={dim}, num_experts={experts}, slots_per_expert={slots}"
+
+
+class SoftMoE(SlotLayer):
+    """Soft MoE in place of a transformer block's MLP: (B, M, d) to (B, M, d).
+
+    Parameters and logits are those of `SlotLayer`; the tokens that are averaged into slots are
+    *not* normalised (paper section 2.3, and the public router). Logits and both softmaxes run in
+    float32 even under autocast; the two mixtures and the experts run in the compute dtype.
+
+    Args:
+        dim, num_experts, hidden_dim, **experts: see `RoutedLayer`.
         slots_per_expert: P. The paper finds 1 best at equal cost; cost follows E * P.
-        hidden_dim: hidden width of an expert, 4 * dim when None.
         normalize: L2-normalise tokens and phi (the default); false is the paper's ablation.
         noise_std: standard deviation of normal noise on the logits, in training only.
-        identical_experts: start all experts equal, as the released configurations do.
-        dropout: dropout inside the experts.
 
     Raises:
         ValueError: a size is not positive or noise_std is negative.
@@ -106,38 +146,13 @@ class SoftMoE(RoutedLayer):
         *,
         normalize: bool = True,
         noise_std: float = 0.0,
-        identical_experts: bool = True,
-        dropout: float = 0.0,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        **experts: Unpack[ExpertOptions],
     ) -> None:
-        super().__init__()
-        if slots_per_expert < 1:
-            raise ValueError(f"slots_per_expert must be at least 1, got {slots_per_expert}")
+        super().__init__(dim, num_experts, slots_per_expert, hidden_dim, **experts)
         if noise_std < 0:
             raise ValueError(f"noise_std must not be negative, got {noise_std}")
         self.normalize = normalize
         self.noise_std = noise_std
-        kwargs = {"device": device, "dtype": dtype}
-        self.experts = ExpertMLP(
-            num_experts,
-            dim,
-            4 * dim if hidden_dim is None else hidden_dim,
-            identical_init=identical_experts,
-            dropout=dropout,
-            **kwargs,
-        )
-        self.phi = nn.Parameter(torch.empty(dim, num_experts, slots_per_expert, **kwargs))
-        self.scale = nn.Parameter(torch.empty((), **kwargs))
-        self.init_weights()
-
-    def init_weights(self) -> None:
-        """See `init_slot_router`; the experts initialise themselves."""
-        init_slot_router(self.phi, self.scale)
-
-    def no_weight_decay(self) -> set[str]:
-        """Names, relative to this layer, that an optimizer must not decay."""
-        return {"phi", "scale", "experts.fc1_bias", "experts.fc2_bias"}
 
     def route(self, x: Tensor, padding_mask: Tensor | None = None) -> RoutingWeights:
         """Router only: tokens (B, M, d) to logits, dispatch weights and combine weights (B, M, S).
@@ -146,20 +161,15 @@ class SoftMoE(RoutedLayer):
         Tokens that `padding_mask` (B, M) marks as true get no dispatch weight, unless the whole
         image is padding.
         """
-        with torch.autocast(x.device.type, enabled=False):
-            wide = torch.promote_types(x.dtype, torch.float32)
-            tokens, phi = x.to(wide), self.phi.to(wide).flatten(1)
-            if self.normalize:
-                tokens, phi = l2_normalize(tokens, -1), l2_normalize(phi, 0)
-            logits = tokens @ (self.scale.to(wide) * phi)
-            if self.training and self.noise_std > 0:
-                logits = logits + self.noise_std * torch.randn_like(logits)
-            competing = logits
-            if padding_mask is not None:
-                # Not minus infinity: an image that is all padding would become NaN.
-                lowest = torch.finfo(wide).min
-                competing = logits.masked_fill(padding_mask.unsqueeze(-1), lowest)
-            return RoutingWeights(logits, competing.softmax(dim=1), logits.softmax(dim=2))
+        logits = self.logits(x)
+        if self.training and self.noise_std > 0:
+            logits = logits + self.noise_std * torch.randn_like(logits)
+        competing = logits
+        if padding_mask is not None:
+            # Not minus infinity: an image that is all padding would become NaN.
+            lowest = torch.finfo(logits.dtype).min
+            competing = logits.masked_fill(padding_mask.unsqueeze(-1), lowest)
+        return RoutingWeights(logits, competing.softmax(dim=1), logits.softmax(dim=2))
 
     def forward(self, x: Tensor, padding_mask: Tensor | None = None) -> Tensor:
         """Map tokens (B, M, d) to (B, M, d) in the dtype of `x` (or of autocast).
@@ -182,7 +192,3 @@ class SoftMoE(RoutedLayer):
         outputs = outputs.reshape(batch, experts * slots_per_expert, dim)
         mixed = combine.to(outputs.dtype) @ outputs
         return mixed if padding is None else mixed.masked_fill(padding, 0)
-
-    def extra_repr(self) -> str:
-        dim, experts, slots = self.phi.shape
-        return f"dim={dim}, num_experts={experts}, slots_per_expert={slots}"

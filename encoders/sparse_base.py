@@ -17,13 +17,12 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from typing import NamedTuple
+from typing import NamedTuple, Unpack
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from encoders.experts import ExpertMLP
-from encoders.routed_layer import RoutedLayer
+from encoders.routed_layer import ExpertOptions, RoutedLayer
 from encoders.soft_moe import lecun_normal_
 
 
@@ -49,24 +48,30 @@ class SparseRouting(NamedTuple):
         return counts.scatter_add_(1, self.token.flatten(1), self.filled.flatten(1).long())
 
 
+class SparseOptions(ExpertOptions, total=False):
+    """What both sparse layers take; see `SparseMoE` for meanings and defaults."""
+
+    capacity_factor: float
+    capacity_multiple: int
+    group_size: int
+    noise_std: float
+
+
 class SparseMoE(RoutedLayer):
     """Router, buffers and experts that both sparse layers share: (B, M, d) to (B, M, d).
 
-    Parameters: `router` (d, E), without bias, and the bank `experts`. The router runs in float32
-    even under autocast, the experts in the compute dtype. Tokens without expert come out as zero.
+    Parameters: `router` (d, E), without bias and decayed like every other kernel, as in the
+    reference, and the bank `experts`. The router runs in float32 even under autocast, the experts
+    in the compute dtype. Tokens without expert come out as zero.
 
     Args:
-        dim: token width d.
-        num_experts: E.
-        hidden_dim: hidden width of an expert, 4 * dim when None.
+        dim, num_experts, hidden_dim, **experts: see `RoutedLayer`.
         capacity_factor: buffer rows over the rows that a balanced assignment needs.
         capacity_multiple: capacity is rounded up to a multiple of this.
         group_size: images that are routed together and compete for the same buffers. A batch in
             training must be a multiple of it; in eval mode, groups of the largest common divisor
             with the batch serve, so that a last, smaller batch passes.
         noise_std: times 1 / E, the standard deviation of normal noise on the logits in training.
-        identical_experts: start all experts equal, as the released configurations do.
-        dropout: dropout inside the experts.
 
     Raises:
         ValueError: a setting is out of range, or, in `forward`, a batch in training that is no
@@ -79,16 +84,13 @@ class SparseMoE(RoutedLayer):
         num_experts: int,
         hidden_dim: int | None = None,
         *,
-        capacity_factor: float,
-        capacity_multiple: int,
-        group_size: int,
-        noise_std: float,
-        identical_experts: bool = True,
-        dropout: float = 0.0,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        capacity_factor: float = 1.0,
+        capacity_multiple: int = 1,
+        group_size: int = 1,
+        noise_std: float = 1.0,
+        **experts: Unpack[ExpertOptions],
     ) -> None:
-        super().__init__()
+        super().__init__(dim, num_experts, hidden_dim, **experts)
         if capacity_factor <= 0:
             raise ValueError(f"capacity_factor must be positive, got {capacity_factor}")
         for name, value in (("capacity_multiple", capacity_multiple), ("group_size", group_size)):
@@ -98,25 +100,12 @@ class SparseMoE(RoutedLayer):
             raise ValueError(f"noise_std must not be negative, got {noise_std}")
         self.capacity_factor, self.capacity_multiple = capacity_factor, capacity_multiple
         self.group_size, self.noise_std = group_size, noise_std
-        kwargs = {"device": device, "dtype": dtype}
-        self.experts = ExpertMLP(
-            num_experts,
-            dim,
-            4 * dim if hidden_dim is None else hidden_dim,
-            identical_init=identical_experts,
-            dropout=dropout,
-            **kwargs,
-        )
-        self.router = nn.Parameter(torch.empty(dim, num_experts, **kwargs))
+        self.router = self.new_parameter(dim, num_experts)
         self.init_weights()
 
     def init_weights(self) -> None:
         """LeCun normal for the router; the experts initialise themselves."""
         lecun_normal_(self.router, fan_in=len(self.router))
-
-    def no_weight_decay(self) -> set[str]:
-        """The biases; the reference decays the router like every other kernel."""
-        return {"experts.fc1_bias", "experts.fc2_bias"}
 
     @abstractmethod
     def capacity(self, tokens: int) -> int:

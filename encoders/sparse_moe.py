@@ -11,15 +11,19 @@ Shape legend: G groups, S tokens per group, E experts, C capacity.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Unpack
 
 import torch
 from torch import Tensor
 
 from encoders.auxiliary_losses import gshard_loss, importance_loss, load_loss, z_loss
-from encoders.sparse_base import SparseMoE, SparseRouting
+from encoders.sparse_base import SparseMoE, SparseOptions, SparseRouting
 
 # What Tokens Choice rounds capacities up to a multiple of, unless told otherwise.
 CAPACITY_MULTIPLE = 4
+# Weights of its auxiliary losses, likewise.
+LOSS_WEIGHTS = {"importance": 0.005, "load": 0.005, "gshard": 0.0, "z": 0.0}
 
 
 class TokensChoice(SparseMoE):
@@ -37,15 +41,15 @@ class TokensChoice(SparseMoE):
         top_k: experts that a token chooses.
         batch_priority: tokens with the largest first gate fill the buffers first (batch priority
             routing); otherwise the order within the group decides.
-        importance_weight, load_weight, gshard_weight, z_weight: weights of the terms "importance",
-            "load", "gshard" and "z" of `encoders.auxiliary_losses`; 0 leaves a term out.
+        loss_weights: weights of the terms "importance", "load", "gshard" and "z" of
+            `encoders.auxiliary_losses`, in place of those in `LOSS_WEIGHTS`; 0 leaves a term out.
             Importance and z see the clean logits, gshard the noisy ones; load is defined by the
             noise and left out where there is none.
-        dim, num_experts, hidden_dim, capacity_factor, capacity_multiple, group_size, noise_std,
-        identical_experts, dropout: see `SparseMoE`.
+        dim, num_experts, hidden_dim, **options: see `SparseMoE`; capacities are multiples of 4 and
+            groups have 8 images unless told otherwise.
 
     Raises:
-        ValueError: a setting is out of range; see also `SparseMoE`.
+        ValueError: a setting is out of range or a loss unknown; see also `SparseMoE`.
     """
 
     def __init__(
@@ -55,45 +59,22 @@ class TokensChoice(SparseMoE):
         hidden_dim: int | None = None,
         *,
         top_k: int = 1,
-        capacity_factor: float = 1.0,
-        capacity_multiple: int = CAPACITY_MULTIPLE,
-        group_size: int = 8,
         batch_priority: bool = True,
-        noise_std: float = 1.0,
-        importance_weight: float = 0.005,
-        load_weight: float = 0.005,
-        gshard_weight: float = 0.0,
-        z_weight: float = 0.0,
-        identical_experts: bool = True,
-        dropout: float = 0.0,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        loss_weights: Mapping[str, float] | None = None,
+        **options: Unpack[SparseOptions],
     ) -> None:
         if not 1 <= top_k <= num_experts:
             raise ValueError(f"top_k must be 1 to num_experts={num_experts}, got {top_k}")
-        super().__init__(
-            dim,
-            num_experts,
-            hidden_dim,
-            capacity_factor=capacity_factor,
-            capacity_multiple=capacity_multiple,
-            group_size=group_size,
-            noise_std=noise_std,
-            identical_experts=identical_experts,
-            dropout=dropout,
-            device=device,
-            dtype=dtype,
-        )
+        defaults: SparseOptions = {"capacity_multiple": CAPACITY_MULTIPLE, "group_size": 8}
+        super().__init__(dim, num_experts, hidden_dim, **(defaults | options))
         self.top_k, self.batch_priority = top_k, batch_priority
-        self.loss_weights = {
-            "importance": importance_weight,
-            "load": load_weight,
-            "gshard": gshard_weight,
-            "z": z_weight,
-        }
-        for name, value in self.loss_weights.items():
-            if value < 0:
-                raise ValueError(f"{name}_weight must not be negative, got {value}")
+        self.loss_weights = {**LOSS_WEIGHTS, **(loss_weights or {})}
+        for name, weight in self.loss_weights.items():
+            if name not in LOSS_WEIGHTS or weight < 0:
+                raise ValueError(
+                    f"loss_weights['{name}']={weight}: choose from {', '.join(LOSS_WEIGHTS)}, and"
+                    " weights of at least 0"
+                )
 
     def capacity(self, tokens: int) -> int:
         needed = math.ceil(tokens * self.top_k * self.capacity_factor / self.router.shape[1])
@@ -162,42 +143,8 @@ class ExpertsChoice(SparseMoE):
     / E), halves to even, rounded up to a multiple and at most S. With one image per group, the
     default, an image never depends on its batch mates.
 
-    Args:
-        dim, num_experts, hidden_dim, capacity_factor, capacity_multiple, group_size, noise_std,
-        identical_experts, dropout: see `SparseMoE`.
-
-    Raises:
-        ValueError: see `SparseMoE`.
+    Arguments as `SparseMoE`.
     """
-
-    def __init__(
-        self,
-        dim: int,
-        num_experts: int,
-        hidden_dim: int | None = None,
-        *,
-        capacity_factor: float = 1.0,
-        capacity_multiple: int = 1,
-        group_size: int = 1,
-        noise_std: float = 1.0,
-        identical_experts: bool = True,
-        dropout: float = 0.0,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(
-            dim,
-            num_experts,
-            hidden_dim,
-            capacity_factor=capacity_factor,
-            capacity_multiple=capacity_multiple,
-            group_size=group_size,
-            noise_std=noise_std,
-            identical_experts=identical_experts,
-            dropout=dropout,
-            device=device,
-            dtype=dtype,
-        )
 
     def capacity(self, tokens: int) -> int:
         # Under torch.jit.trace, sizes are tensors, which `round` does not take.

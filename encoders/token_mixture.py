@@ -10,14 +10,14 @@ Shape legend: B images, M tokens, d width, E experts, G groups of experts.
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from encoders.experts import ExpertMLP
-from encoders.routed_layer import RoutedLayer
+from encoders.routed_layer import INDEPENDENT, ExpertOptions, Placement, RoutedLayer
 from encoders.temperature import TemperatureSettings, build_temperature
 
 RouterKind = Literal["embedding", "query", "mlp"]
@@ -29,15 +29,9 @@ LAYER_NORM_EPS = 1e-6  # that of the vision transformer around it
 class EmbeddingScores(nn.Module):
     """Inner products of tokens (..., d) with n trained vectors: (..., n). N(0, 0.02) at first."""
 
-    def __init__(
-        self,
-        dim: int,
-        num_scores: int,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
+    def __init__(self, dim: int, num_scores: int, **place: Unpack[Placement]) -> None:
         super().__init__()
-        self.embedding = nn.Parameter(torch.empty(num_scores, dim, device=device, dtype=dtype))
+        self.embedding = nn.Parameter(torch.empty(num_scores, dim, **place))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -50,16 +44,10 @@ class EmbeddingScores(nn.Module):
 class QueryScores(nn.Module):
     """Inner products of n trained vectors with W_q x, W_q (d, d) Xavier uniform without bias."""
 
-    def __init__(
-        self,
-        dim: int,
-        num_scores: int,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
+    def __init__(self, dim: int, num_scores: int, **place: Unpack[Placement]) -> None:
         super().__init__()
-        self.query = nn.Linear(dim, dim, bias=False, device=device, dtype=dtype)
-        self.keys = EmbeddingScores(dim, num_scores, device, dtype)
+        self.query = nn.Linear(dim, dim, bias=False, **place)
+        self.keys = EmbeddingScores(dim, num_scores, **place)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -73,16 +61,10 @@ class QueryScores(nn.Module):
 class MLPScores(nn.Module):
     """W_2 silu(W_1 x) with W_1 (d, d) and W_2 (n, d), both Xavier uniform without bias."""
 
-    def __init__(
-        self,
-        dim: int,
-        num_scores: int,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
+    def __init__(self, dim: int, num_scores: int, **place: Unpack[Placement]) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(dim, dim, bias=False, device=device, dtype=dtype)
-        self.fc2 = nn.Linear(dim, num_scores, bias=False, device=device, dtype=dtype)
+        self.fc1 = nn.Linear(dim, dim, bias=False, **place)
+        self.fc2 = nn.Linear(dim, num_scores, bias=False, **place)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -127,16 +109,13 @@ class Mixture(RoutedLayer):
     Cost: E times a dense MLP of the same hidden width, in every form; see `expert_flops_ratio`.
 
     Args:
-        dim: token width d.
-        num_experts: E.
-        hidden_dim: hidden width of an expert, 4 * dim when None.
+        dim, num_experts, hidden_dim, **experts: see `RoutedLayer`; experts start different unless
+            told otherwise.
         router: how tokens are scored: "embedding", "query" (on W_q x), or "mlp".
         weighting: what the weights multiply: "outputs", or "inputs_and_outputs" of the experts.
         temperature: T in softmax(scores / T): a number, "learned", or a schedule; see
             `encoders.temperature.build_temperature`.
         residual_experts: experts are LayerNorm(x + MLP(x)).
-        identical_experts: start all experts equal.
-        dropout: dropout inside the experts.
 
     Raises:
         ValueError: a size or temperature is not positive, or an unknown router or weighting.
@@ -152,30 +131,19 @@ class Mixture(RoutedLayer):
         weighting: Weighting = "outputs",
         temperature: TemperatureSettings = 1.0,
         residual_experts: bool = False,
-        identical_experts: bool = False,
-        dropout: float = 0.0,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        **experts: Unpack[ExpertOptions],
     ) -> None:
-        super().__init__()
+        super().__init__(dim, num_experts, hidden_dim, **(INDEPENDENT | experts))
         if router not in SCORES:
             raise ValueError(f"router {router!r}: choose one of {', '.join(SCORES)}")
         if weighting not in ("outputs", "inputs_and_outputs"):
             raise ValueError(f"weighting {weighting!r}: choose 'outputs' or 'inputs_and_outputs'")
         self.weights_inputs = weighting == "inputs_and_outputs"
-        bank = ExpertMLP(
-            num_experts,
-            dim,
-            4 * dim if hidden_dim is None else hidden_dim,
-            identical_init=identical_experts,
-            dropout=dropout,
-            device=device,
-            dtype=dtype,
-        )
-        self.num_experts = num_experts
-        self.experts = ResidualExperts(bank) if residual_experts else bank
-        self.scores = SCORES[router](dim, num_experts, device, dtype)
-        self.temperature = build_temperature(temperature, device)
+        kernel = self.experts.fc1_weight
+        if residual_experts:
+            self.experts = ResidualExperts(self.experts)
+        self.scores = SCORES[router](dim, num_experts, device=kernel.device, dtype=kernel.dtype)
+        self.temperature = build_temperature(temperature, kernel.device)
 
     def init_weights(self) -> None:
         """Draw the router again and reset the temperature; the experts initialise themselves."""
@@ -245,7 +213,7 @@ class HierarchicalMixture(Mixture):
         num_groups: G, a divisor of E.
         group_temperature: T of the softmax over groups, as `temperature`, which is that of the
             softmax inside a group.
-        **options: those of `Mixture`.
+        dim, num_experts, hidden_dim, **options: see `Mixture`.
 
     Raises:
         ValueError: G does not divide E, or what `Mixture` refuses.
@@ -259,19 +227,15 @@ class HierarchicalMixture(Mixture):
         *,
         num_groups: int,
         group_temperature: TemperatureSettings = 1.0,
-        router: RouterKind = "embedding",
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
         **options: Any,
     ) -> None:
-        super().__init__(
-            dim, num_experts, hidden_dim, router=router, device=device, dtype=dtype, **options
-        )
+        super().__init__(dim, num_experts, hidden_dim, **options)
         if num_groups < 1 or num_experts % num_groups:
             raise ValueError(f"num_groups {num_groups} does not divide num_experts {num_experts}")
         self.num_groups = num_groups
-        self.group_scores = SCORES[router](dim, num_groups, device, dtype)
-        self.group_temperature = build_temperature(group_temperature, device)
+        like = next(self.scores.parameters())
+        self.group_scores = type(self.scores)(dim, num_groups, device=like.device, dtype=like.dtype)
+        self.group_temperature = build_temperature(group_temperature, like.device)
 
     def init_weights(self) -> None:
         super().init_weights()

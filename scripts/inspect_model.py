@@ -167,7 +167,7 @@ def _inspected_layers(model: Any, routing: Mapping[str, Any]) -> list[Any]:
                 block=int(name.split(".")[1]),
                 dispatch=weights.dispatch[:, patches],
                 combine=weights.combine[:, patches],
-                num_experts=layer.experts.num_experts,
+                num_experts=layer.num_experts,
                 phi=None if phi is None else phi.detach().flatten(1),
             )
         )

@@ -40,8 +40,7 @@ class Stack(nn.Module):
         options: dict[str, Any] = {
             "group_size": 2,
             "noise_std": noise_std,
-            "importance_weight": 0.5,
-            "gshard_weight": 0.25,
+            "loss_weights": {"importance": 0.5, "gshard": 0.25},
             "identical_experts": False,
         }
         self.layers = nn.ModuleList(TokensChoice(8, 4, 6, **options) for _ in range(2))

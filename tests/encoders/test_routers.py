@@ -54,6 +54,12 @@ def test_capacity_factor_becomes_slots() -> None:
         ("soft", {"slots_per_expert": 0}, "slots_per_expert must be at least 1, got 0"),
         ("soft", {"capacity_factor": "1"}, r"router 'soft' .* \{'capacity_factor': '1'\}: "),
         ("tokens_choice", {"top_k": "2"}, r"router 'tokens_choice' .* \{'top_k': '2'\}: "),
+        (
+            "tokens_choice",
+            {"loss_weights": {"y": 1}},
+            "'y'.*choose from importance, load, gshard, z",
+        ),
+        ("tokens_choice", {"loss_weights": "z"}, r"router 'tokens_choice' .*'loss_weights': 'z'"),
         ("token_mixture", {"temperature": None}, r"'token_mixture' .* \{'temperature': None\}: "),
         ("token_mixture", {"temperature": [1]}, r"'token_mixture' .* \{'temperature': \[1\]\}: "),
         ("image_mixture", {"temperature": {"start": "a", "minimum": 1}}, r"'image_.*'start': 'a'"),

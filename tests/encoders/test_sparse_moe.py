@@ -78,9 +78,9 @@ def load(golden: Golden, monkeypatch: pytest.MonkeyPatch) -> tuple[SparseMoE, Te
             *sizes,
             top_k=settings["num_selected_experts"],
             batch_priority=settings["batch_priority"],
-            importance_weight=settings["importance_loss_weight"],
-            load_weight=settings["load_loss_weight"],
-            gshard_weight=settings["gshard_loss_weight"],
+            loss_weights={
+                name: settings[f"{name}_loss_weight"] for name in ("importance", "load", "gshard")
+            },
             **options,
         )
     else:

@@ -138,7 +138,7 @@ def test_noise_is_drawn_in_training_only_and_divided_by_the_experts(kind: type[S
 def test_auxiliary_terms_follow_weights_mode_and_noise() -> None:
     torch.manual_seed(0)
     x = torch.randn(1, 6, 8)
-    layer = TokensChoice(8, 4, group_size=1, gshard_weight=0.1, z_weight=0.25)
+    layer = TokensChoice(8, 4, group_size=1, loss_weights={"gshard": 0.1, "z": 0.25})
     layer(x)
     assert set(layer.auxiliary_losses) == {"importance", "load", "gshard", "z"}
     expected = 0.25 * z_loss((x @ layer.router).detach())
@@ -306,11 +306,10 @@ def test_initial_values_and_what_is_not_decayed(kind: type[SparseMoE]) -> None:
         ("capacity_multiple", 0),
         ("group_size", 0),
         ("noise_std", -0.1),
-        ("importance_weight", -1),
-        ("z_weight", -1),
+        ("loss_weights", {"z": -1}),
     ],
 )
-def test_impossible_settings_are_refused(name: str, value: float) -> None:
+def test_impossible_settings_are_refused(name: str, value: Any) -> None:
     settings: dict[str, Any] = {"dim": 8, "num_experts": 2, name: value}
     with pytest.raises(ValueError, match=name):
         TokensChoice(**settings)
