@@ -1,4 +1,4 @@
-"""Named sizes, registered with timm. Importing this module makes them known to timm and open_clip.
+"""Named sizes, registered with timm. `import encoders` makes them known to timm and open_clip.
 
 Names read `soft_moe_vit_<size>_patch<P>_<image size>`, and `dense_vit_...` for the dense twin built
 by the same code. The second half of the blocks is routed and every expert has one slot, as in the

@@ -12,7 +12,6 @@ import open_clip
 from safetensors.torch import load_file
 from torch import Tensor
 
-import encoders.variants  # noqa: F401  (registers the image towers with timm)
 from encoders.text_towers import ROUTED_BLOCKS, build_clip, build_tokenizer
 
 CONFIG_FILE = "open_clip_config.json"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import timm
 import torch
@@ -35,6 +37,11 @@ def test_every_name_is_registered_and_has_its_twin() -> None:
         assert VARIANTS[f"soft_moe_vit_{size}_224"][3] == experts
     # timm's own models are still timm's.
     assert timm.model_entrypoint("vit_small_patch16_224").__module__.startswith("timm.")
+
+
+def test_importing_the_package_registers_the_names(run_python: Any) -> None:
+    code = "import encoders, timm; assert all(map(timm.is_model, encoders.VARIANTS))"
+    assert run_python("-c", code).returncode == 0
 
 
 @pytest.mark.parametrize("name", SOFT)

@@ -12,7 +12,6 @@ import torch
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
-import encoders.variants  # noqa: F401  (registers the models)
 from contrastive.config import ContrastiveConfig, ImageTowerConfig, TextTowerConfig
 from contrastive.dual_encoder import build_dual_encoder, model_config
 from contrastive.objective import ContrastiveObjective
