@@ -62,9 +62,7 @@ class SoftMoEVisionTransformer(VisionTransformer):
         capacity_factor: instead of slots_per_expert, all slots as a multiple of the tokens (see
             `encoders.soft_moe.slots_for_capacity`); routers with a capacity get it as it is. The
             number of slots stays when the input size changes later.
-        router_noise_std: noise on router logits in training; the layer's default when None.
-        identical_experts: start the experts of a layer equal; the layer's default when None.
-        router_options: further arguments of the layer, by name.
+        router_options: further arguments of the layer, by name, such as `noise_std`.
         pos_embed: "learn", "none", or "sincos2d" for fixed sines and cosines of both coordinates,
             which are no parameter and which a class token does not get.
         pos_embed_std: standard deviation of a learned position embedding at the start. The
@@ -86,8 +84,6 @@ class SoftMoEVisionTransformer(VisionTransformer):
         num_experts: int = 128,
         slots_per_expert: int | None = None,
         capacity_factor: float | None = None,
-        router_noise_std: float | None = None,
-        identical_experts: bool | None = None,
         router_options: dict[str, Any] | None = None,
         pos_embed: str = "learn",
         pos_embed_std: float = 0.02,
@@ -99,11 +95,7 @@ class SoftMoEVisionTransformer(VisionTransformer):
         routed = resolve_moe_blocks(moe_blocks, depth)
         router_class(router)  # refuses unknown names, also where no block is routed
         options = merge_options(
-            router_options or {},
-            slots_per_expert=slots_per_expert,
-            capacity_factor=capacity_factor,
-            noise_std=router_noise_std,
-            identical_experts=identical_experts,
+            router_options or {}, slots_per_expert=slots_per_expert, capacity_factor=capacity_factor
         )
         if pos_embed not in ("learn", "none", "sincos2d"):
             raise ValueError(f"pos_embed='{pos_embed}': choose learn, none or sincos2d")

@@ -38,7 +38,7 @@ FIGURES = {
 def thin_model(router: str = "soft", **options: Any) -> nn.Module:
     torch.manual_seed(0)
     if router in ("soft", "tokens_choice", "experts_choice"):
-        options |= {"router_noise_std": 1.0}
+        options |= {"router_options": {"noise_std": 1.0}}
     return variants.soft_moe_vit_micro_patch8_64(
         embed_dim=24, depth=4, moe_blocks=2, num_experts=4, router=router, **options
     )

@@ -50,7 +50,8 @@ def images(size: int = 64) -> Tensor:
 @pytest.mark.parametrize(("experts", "ratio"), [(1, 4.0), (4, 4.0), (7, 0.5)])
 def test_each_expert_computes_the_dense_mlp(experts: int, ratio: float) -> None:
     source = dense(mlp_ratio=ratio).double()
-    model = soft(mlp_ratio=ratio, num_experts=experts, identical_experts=False).double()
+    independent = {"identical_experts": False}
+    model = soft(mlp_ratio=ratio, num_experts=experts, router_options=independent).double()
     upcycle(model, source.state_dict())
     mlp, bank = source.blocks[1].mlp, model.blocks[1].mlp.experts
     for layer in ("fc1", "fc2"):

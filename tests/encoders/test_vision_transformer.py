@@ -112,9 +112,7 @@ def test_dense_twin_has_no_router() -> None:
 def test_router_options_reach_the_layer() -> None:
     layer = micro(
         slots_per_expert=3,
-        router_noise_std=0.2,
-        identical_experts=False,
-        router_options={"normalize": False},
+        router_options={"normalize": False, "noise_std": 0.2, "identical_experts": False},
     ).blocks[-1]
     assert layer.mlp.phi.shape == (24, 4, 3)
     assert layer.mlp.noise_std == 0.2
@@ -134,7 +132,7 @@ def test_capacity_counts_every_token() -> None:
     [
         ({"router": "sofd", "moe_blocks": ()}, "router 'sofd' does not exist; did you mean soft"),
         ({"router_options": {"normalise": False}}, "did you mean normalize"),
-        ({"router_options": {"noise_std": 1.0}, "router_noise_std": 0.5}, "give one"),
+        ({"router_options": {"slots_per_expert": 1}, "slots_per_expert": 2}, "give one"),
         ({"slots_per_expert": 1, "capacity_factor": 1.0}, "exclude each other"),
         ({"capacity_factor": 0.01}, "4 experts without a slot for 64 tokens"),
         ({"num_experts": 0}, "num_experts must be at least 1, got 0"),
