@@ -6,6 +6,7 @@ saved with the model, so that a resumed run and an evaluation use the T of the s
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Literal
 
@@ -18,9 +19,9 @@ TemperatureSettings = float | Literal["learned"] | Mapping[str, float]
 class Temperature(nn.Module):
     """Base of the temperatures: logits of any shape to logits / T, in the dtype of the logits."""
 
+    @abstractmethod
     def value(self) -> Tensor:
         """T as a 0-D float32 tensor."""
-        raise NotImplementedError
 
     def forward(self, logits: Tensor) -> Tensor:
         return logits / self.value().to(logits.dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
@@ -64,8 +65,9 @@ class Objective(nn.Module):
     """Set by the loop before each step: its metrics are logged, and may include some that cost
     time to measure."""
 
+    @abstractmethod
     def forward(self, batch: Batch) -> tuple[Tensor, Metrics]:
-        raise NotImplementedError
+        """Loss and metrics of this process's rows of a batch."""
 
     def check_accumulation(self, parts: int, global_batch: int) -> str:
         """Called once if batches are split into `parts`: what the start-up log says about it.

@@ -171,12 +171,17 @@ def test_a_saved_configuration_reads_back_equal(
     assert (tmp_path / "again.yaml").read_text() == (tmp_path / "config.yaml").read_text()
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.stem)
+def preset_keys(path: Path) -> set[str]:
+    return {line.partition(":")[0] for line in path.read_text(encoding="utf-8").splitlines()}
+
+
+@pytest.mark.parametrize(
+    "path",
+    [path for path in sorted((ROOT / "configs").glob("*.yaml")) if "train" in preset_keys(path)],
+    ids=lambda path: path.stem,
+)
 def test_training_presets_are_valid(path: Path) -> None:
-    keys = {line.partition(":")[0] for line in path.read_text(encoding="utf-8").splitlines()}
-    if "train" not in keys:
-        pytest.skip("a preset of another command")
-    kind = PretrainRun if "model" in keys else ContrastiveRun
+    kind = PretrainRun if "model" in preset_keys(path) else ContrastiveRun
     assert parse_config(kind, ["--config", str(path)], "test").data.shards
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from training.run_directory import (
     MetricsWriter,
@@ -131,11 +132,10 @@ def test_values_that_json_lacks_become_null(tmp_path: Path) -> None:
 
 
 def test_tensorboard_gets_the_same_figures(tmp_path: Path) -> None:
-    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     writer = MetricsWriter(tmp_path, resumed_step=0, tensorboard=True)
     writer.write("metrics", 3, {"loss": 0.5})
     writer.close()
-    events = accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     assert [(e.step, e.value) for e in events.Scalars("metrics/loss")] == [(3, 0.5)]
 
