@@ -44,7 +44,8 @@ class Launch:
             )
         # The loop divides by its own accumulation; a setting of accelerate's must not do it again.
         self.accelerator.gradient_accumulation_steps = 1
-        self.changes = check_run_directory(self.run_dir, config.resume, plain_settings(config))
+        settings, defaults = plain_settings(config), plain_settings(type(config)())
+        self.changes = check_run_directory(self.run_dir, config.resume, settings, defaults)
         self.resume = self._find_checkpoint()
         self.accelerator.wait_for_everyone()
 

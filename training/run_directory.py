@@ -30,7 +30,7 @@ class RunDirectoryError(ValueError):
 
 
 def check_run_directory(
-    folder: Path, resume: str | None, settings: Mapping[str, Any]
+    folder: Path, resume: str | None, settings: Mapping[str, Any], defaults: Mapping[str, Any]
 ) -> dict[str, str]:
     """Refuse to mix a new run into an old one, or to continue one with other settings.
 
@@ -38,6 +38,8 @@ def check_run_directory(
         folder: the run directory, which need not exist.
         resume: None, `auto` or a checkpoint.
         settings: the resolved configuration as nested plain values.
+        defaults: what settings are unless told otherwise, likewise; an older version's run had this
+            value of a setting that its record lacks.
 
     Returns:
         For every setting that may change and has, a text such as `train.steps was 2, is 3`.
@@ -57,7 +59,7 @@ def check_run_directory(
             f"run directory '{folder}' is not empty: continue that run with --resume auto,"
             " or choose another --run_dir"
         )
-    changed = _differences(_read_settings(folder), settings)
+    changed = _differences(_read_settings(folder), settings, defaults)
     refused = [text for name, text in changed.items() if name not in FREE_SETTINGS]
     if refused:
         more = f", and {len(refused) - 4} more" if len(refused) > 4 else ""
@@ -84,14 +86,16 @@ def _read_settings(folder: Path) -> dict[str, Any]:
     return content
 
 
-def _differences(saved: Mapping[str, Any], present: Mapping[str, Any]) -> dict[str, str]:
-    old, new = _flat(saved), _flat(present)
+def _differences(
+    saved: Mapping[str, Any], present: Mapping[str, Any], defaults: Mapping[str, Any]
+) -> dict[str, str]:
     # As JSON, so that text is told from numbers and a list from a tuple is not.
-    return {
-        name: f"{name} was {old.get(name, 'not set')}, is {new.get(name, 'not set')}"
+    old, new, default = _flat(saved), _flat(present), _flat(defaults)
+    pairs = {
+        name: (old.get(name, default.get(name, "not set")), new.get(name, "not set"))
         for name in {**new, **old}
-        if old.get(name) != new.get(name)
     }
+    return {name: f"{name} was {a}, is {b}" for name, (a, b) in pairs.items() if a != b}
 
 
 def _flat(settings: Mapping[Any, Any], prefix: str = "") -> dict[str, str]:

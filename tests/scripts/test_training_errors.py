@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from scripts import pretrain, train_contrastive
 
@@ -204,6 +205,21 @@ def test_a_run_without_a_complete_checkpoint_is_not_restarted_silently(
     arguments = contrastive_arguments(shards, run_dir, "--resume=auto")
     with pytest.warns(UserWarning, match=r"passed over: .*state\.json is missing"):
         assert "no checkpoint" in refusal(capsys, train_contrastive, arguments)
+
+
+def test_a_run_that_an_older_version_wrote_is_continued(
+    capsys: pytest.CaptureFixture[str], shards: Path, finished: Path, tmp_path: Path
+) -> None:
+    run_dir = Path(shutil.copytree(finished, tmp_path / "run"))
+    settings = yaml.safe_load((run_dir / "config.yaml").read_text())
+    del settings["text"]["slot_block_size"]
+    (run_dir / "config.yaml").write_text(yaml.safe_dump(settings))
+    arguments = contrastive_arguments(shards, run_dir, "--resume=auto")
+    assert "was 1, is 2" in refusal(
+        capsys, train_contrastive, [*arguments, "--text.slot_block_size=2"]
+    )
+    train_contrastive.main(arguments)
+    assert "already at step 2" in capsys.readouterr().out
 
 
 def test_a_checkpoint_starts_another_run_directory(

@@ -31,6 +31,10 @@ SETTINGS: dict[str, Any] = {
 }  # fmt: skip
 
 
+def check(folder: Path, resume: str | None, present: dict[str, Any]) -> dict[str, str]:
+    return check_run_directory(folder, resume, present, {"model": {"arguments": {}, "width": 8}})
+
+
 def changed(**groups: Any) -> dict[str, Any]:
     return SETTINGS | {
         name: SETTINGS[name] | value if isinstance(value, dict) else value
@@ -49,10 +53,10 @@ def used(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("resume", [None, "auto"])
 def test_an_empty_or_missing_folder_can_be_used(tmp_path: Path, resume: str | None) -> None:
-    assert check_run_directory(tmp_path, resume, SETTINGS) == {}
-    assert check_run_directory(tmp_path / "missing", resume, SETTINGS) == {}
+    assert check(tmp_path, resume, SETTINGS) == {}
+    assert check(tmp_path / "missing", resume, SETTINGS) == {}
     (tmp_path / "config.yaml.partial").write_text("see")  # killed before it was a run
-    assert check_run_directory(tmp_path, resume, SETTINGS) == {}
+    assert check(tmp_path, resume, SETTINGS) == {}
 
 
 @pytest.mark.parametrize("content", [None, "", "just words", "a: [", "\x00"])
@@ -61,18 +65,18 @@ def test_a_folder_that_is_no_run_is_never_used(tmp_path: Path, content: str | No
     if content is not None:
         (tmp_path / "config.yaml").write_text(content)
     with pytest.raises(RunDirectoryError, match=r"holds no run.*another --run_dir"):
-        check_run_directory(tmp_path, "auto", SETTINGS)
+        check(tmp_path, "auto", SETTINGS)
 
 
 def test_settings_that_change_nothing_learnt_may_change(used: Path) -> None:
     present = changed(
         run_dir="two", resume="auto", evaluation=[], data={"workers": 3, "crop_scale": (0.5, 1.0)}
     )
-    assert set(check_run_directory(used, "auto", present)) == {
+    assert set(check(used, "auto", present)) == {
         "run_dir", "resume", "evaluation", "data.workers",
     }  # fmt: skip
     longer = changed(train={"steps": 3})
-    assert check_run_directory(used, "auto", longer) == {"train.steps": "train.steps was 2, is 3"}
+    assert check(used, "auto", longer) == {"train.steps": "train.steps was 2, is 3"}
 
 
 @pytest.mark.parametrize(
@@ -88,7 +92,21 @@ def test_settings_that_change_nothing_learnt_may_change(used: Path) -> None:
 )  # fmt: skip
 def test_other_settings_are_refused(used: Path, present: dict[str, Any], message: str) -> None:
     with pytest.raises(RunDirectoryError, match=message):
-        check_run_directory(used, "auto", present)
+        check(used, "auto", present)
+
+
+def test_a_setting_newer_than_the_run_counts_as_its_default(used: Path) -> None:
+    newer = SETTINGS | {"model": {"arguments": {}, "width": 8}}
+    assert check(used, "auto", newer) == {}
+    for model, message in (
+        ({"arguments": {}, "width": 9}, r"settings: model\.width was 8, is 9: continue"),
+        ({"arguments": {"router": "soft"}, "width": 8}, r"router was not set, is \"soft\""),
+    ):
+        with pytest.raises(RunDirectoryError, match=message):
+            check(used, "auto", SETTINGS | {"model": model})
+    (used / "config.yaml").write_text(yaml.safe_dump(newer | {"model": {"arguments": {"a": 1}}}))
+    with pytest.raises(RunDirectoryError, match=r"model\.arguments\.a was 1, is not set"):
+        check(used, "auto", newer)
 
 
 def test_a_used_folder_is_only_continued(used: Path, tmp_path: Path) -> None:
@@ -96,9 +114,9 @@ def test_a_used_folder_is_only_continued(used: Path, tmp_path: Path) -> None:
     checkpoint.mkdir(parents=True)
     for resume in (None, str(tmp_path / "another" / "checkpoints" / "step_00000001")):
         with pytest.raises(RunDirectoryError, match=r"not empty.*--resume auto.*--run_dir"):
-            check_run_directory(used, resume, SETTINGS)
-    check_run_directory(used, "auto", SETTINGS)
-    check_run_directory(used, str(checkpoint), SETTINGS)
+            check(used, resume, SETTINGS)
+    check(used, "auto", SETTINGS)
+    check(used, str(checkpoint), SETTINGS)
 
 
 def test_lines_of_steps_that_are_repeated_are_dropped(tmp_path: Path) -> None:
