@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
-import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from encoders.soft_moe import SoftMoE
+from tests.encoders.reference import FLAX_EXPERTS, GOLDEN, Golden, assert_close
 
-GOLDEN = Path(__file__).parents[1] / "golden"
 ROUTERS = sorted(path.stem for path in GOLDEN.glob("soft_router_*.npz"))
 BLOCKS = sorted(path.stem for path in GOLDEN.glob("soft_block_*.npz"))
 # Both sides sum in float32 in another order; the arrays agree with float64 to 1e-6 of their
@@ -23,26 +19,8 @@ GRADIENT_TOLERANCE = 1e-5
 FLAX_NAMES = {
     "phi": "Router/mu",
     "scale": "Router/scale",
-    "experts.fc1_weight": "Mlp/Dense_0/kernel",
-    "experts.fc1_bias": "Mlp/Dense_0/bias",
-    "experts.fc2_weight": "Mlp/Dense_1/kernel",
-    "experts.fc2_bias": "Mlp/Dense_1/bias",
+    **FLAX_EXPERTS,
 }
-
-
-class Golden:
-    """One reference file: arrays as tensors, settings as a dict."""
-
-    def __init__(self, name: str) -> None:
-        with np.load(GOLDEN / f"{name}.npz") as arrays:
-            self.settings = json.loads(str(arrays["settings"]))
-            self.arrays = {k: torch.from_numpy(arrays[k]) for k in arrays if k != "settings"}
-
-    def __getitem__(self, key: str) -> Tensor:
-        return self.arrays[key]
-
-    def leaf(self, key: str) -> Tensor:
-        return self.arrays[key].clone().requires_grad_()
 
 
 class StandInExperts(nn.Module):
@@ -56,19 +34,6 @@ class StandInExperts(nn.Module):
     def forward(self, slots: Tensor) -> Tensor:
         self.slots = slots
         return self.outputs
-
-
-def assert_close(actual: Tensor | None, expected: Tensor, tolerance: float) -> None:
-    """Largest difference, relative to the largest expected element.
-
-    A 0-D array is a sum of many signed terms of order one, so its error is relative to one.
-    """
-    assert actual is not None
-    assert actual.shape == expected.shape
-    expected = expected.detach()
-    scale = expected.abs().max().clamp_min(1e-6 if expected.ndim else 1.0)
-    error = ((actual.detach() - expected).abs().max() / scale).item()
-    assert error <= tolerance, f"relative error {error:.2e} above {tolerance:.0e}"
 
 
 def by_expert(slots: Tensor) -> Tensor:

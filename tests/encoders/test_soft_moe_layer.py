@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from encoders import experts as experts_module
 from encoders.experts import ExpertMLP
 from encoders.soft_moe import SoftMoE, slots_for_capacity
+from tests.encoders.reference import OperatorCount, assert_close
 
 
 class SlotRecorder(nn.Module):
@@ -27,29 +26,6 @@ class SlotRecorder(nn.Module):
     def forward(self, slots: Tensor) -> Tensor:
         self.slots = slots
         return slots
-
-
-class OperatorCount(TorchDispatchMode):
-    """Counts the operators that reach the backend."""
-
-    count = 0
-
-    def __torch_dispatch__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        self.count += 1
-        return func(*args, **(kwargs or {}))
-
-
-def assert_near(actual: Tensor | None, expected: Tensor, tolerance: float) -> None:
-    """Largest difference, relative to the largest expected element."""
-    assert actual is not None
-    error = ((actual - expected).abs().max() / expected.abs().max()).item()
-    assert error <= tolerance, f"relative error {error:.2e} above {tolerance:.0e}"
 
 
 def einsum_reference(layer: SoftMoE, x: Tensor) -> Tensor:
@@ -72,12 +48,12 @@ def test_float64_equals_the_einsum_form_with_every_gradient() -> None:
     weight = torch.randn(2, 7, 8, dtype=torch.float64)
     leaves = [x, *layer.parameters()]
     out, expected = layer(x), einsum_reference(layer, x)
-    assert_near(out, expected, 1e-13)
+    assert_close(out, expected, 1e-13)
     gradients = torch.autograd.grad((out * weight).sum(), leaves)
     for gradient, other in zip(
         gradients, torch.autograd.grad((expected * weight).sum(), leaves), strict=True
     ):
-        assert_near(gradient, other, 1e-12)
+        assert_close(gradient, other, 1e-12)
 
 
 def test_token_length_changes_slots_but_not_logits() -> None:
@@ -90,8 +66,8 @@ def test_token_length_changes_slots_but_not_logits() -> None:
     slots = recorder.slots
     layer(10 * x)
     # The epsilon in the root is the only trace of the length that the logits keep.
-    assert_near(layer.route(10 * x).logits, layer.route(x).logits, 1e-6)
-    assert_near(recorder.slots, 10 * slots, 2e-6)
+    assert_close(layer.route(10 * x).logits, layer.route(x).logits, 1e-6)
+    assert_close(recorder.slots, 10 * slots, 2e-6)
 
 
 def test_dispatch_sums_over_tokens_and_combine_over_slots() -> None:
@@ -108,9 +84,9 @@ def test_batch_mates_do_not_matter() -> None:
     x = torch.randn(5, 9, 16)
     together = layer(x)
     alone = torch.cat([layer(image[None]) for image in x])
-    assert_near(together, alone, 2e-6)
+    assert_close(together, alone, 2e-6)
     order = torch.tensor([3, 0, 4, 2, 1])
-    assert_near(layer(x[order]), together[order], 2e-6)
+    assert_close(layer(x[order]), together[order], 2e-6)
 
 
 def test_expert_order_does_not_matter() -> None:
@@ -123,15 +99,15 @@ def test_expert_order_does_not_matter() -> None:
     }
     shuffled.load_state_dict(state)
     x = torch.randn(2, 9, 16)
-    assert_near(shuffled(x), layer(x), 2e-6)
+    assert_close(shuffled(x), layer(x), 2e-6)
 
 
 def test_without_normalisation_the_length_counts() -> None:
     torch.manual_seed(0)
     layer = SoftMoE(16, 4, normalize=False)
     x = torch.randn(2, 9, 16)
-    assert_near(layer.route(x).logits, (x @ layer.phi.flatten(1)), 1e-6)
-    assert_near(layer.route(3 * x).logits, 3 * layer.route(x).logits, 1e-6)
+    assert_close(layer.route(x).logits, (x @ layer.phi.flatten(1)), 1e-6)
+    assert_close(layer.route(3 * x).logits, 3 * layer.route(x).logits, 1e-6)
 
 
 def test_noise_is_drawn_in_training_only() -> None:
@@ -209,7 +185,7 @@ def test_compiles_without_a_graph_break() -> None:
         module(x).square().sum().backward()
         gradients.append([parameter.grad for parameter in layer.parameters()])
     for eager, traced in zip(*gradients, strict=True):
-        assert_near(traced, eager, 1e-12)
+        assert_close(traced, eager, 1e-12)
 
 
 def test_no_weight_decay_names_the_router_and_the_expert_biases() -> None:
@@ -258,12 +234,12 @@ def test_padding_has_no_influence() -> None:
     ).sum()
     references = torch.autograd.grad(loss, [*alone, *layer.parameters()])
     for i, length in enumerate(lengths):
-        assert_near(out[i, :length], outs[i][0], 1e-13)
-        assert_near(gradients[0][i, :length], references[i][0], 1e-11)
+        assert_close(out[i, :length], outs[i][0], 1e-13)
+        assert_close(gradients[0][i, :length], references[i][0], 1e-11)
     assert not out[mask].any()
     assert not gradients[0][mask].any()
     for gradient, reference in zip(gradients[1:], references[3:], strict=True):
-        assert_near(gradient, reference, 1e-11)
+        assert_close(gradient, reference, 1e-11)
 
 
 def test_mask_leaves_combine_alone_and_survives_an_empty_image() -> None:

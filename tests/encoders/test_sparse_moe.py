@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -13,8 +10,8 @@ from torch import Tensor
 from encoders.auxiliary_losses import gshard_loss, importance_loss, load_loss
 from encoders.sparse_base import SparseMoE, SparseRouting
 from encoders.sparse_moe import ExpertsChoice, TokensChoice
+from tests.encoders.reference import FLAX_EXPERTS, GOLDEN, Golden, assert_close
 
-GOLDEN = Path(__file__).parents[1] / "golden"
 FILES = {
     family: sorted(
         path.stem
@@ -29,37 +26,11 @@ VALUE_TOLERANCE = 4e-6
 GRADIENT_TOLERANCE = 1e-5
 # Eight bits of mantissa, through two matrix products.
 BFLOAT16_TOLERANCE = 2e-2
-FLAX_NAMES = {
-    "router": "Router/dense/kernel",
-    "experts.fc1_weight": "Mlp/Dense_0/kernel",
-    "experts.fc1_bias": "Mlp/Dense_0/bias",
-    "experts.fc2_weight": "Mlp/Dense_1/kernel",
-    "experts.fc2_bias": "Mlp/Dense_1/bias",
-}
+FLAX_NAMES = {"router": "Router/dense/kernel", **FLAX_EXPERTS}
 
 
-class Golden:
-    """One reference file and what its family shares: arrays as tensors, settings as a dict."""
-
-    def __init__(self, name: str) -> None:
-        self.arrays: dict[str, Tensor] = {}
-        for file in (f"{name.partition('_')[0]}_choice_shared", name):
-            with np.load(GOLDEN / f"{file}.npz") as arrays:
-                self.settings = json.loads(str(arrays["settings"]))
-                for key in set(arrays) - {"settings"}:
-                    self.arrays[key] = torch.from_numpy(arrays[key])
-
-    def __getitem__(self, key: str) -> Tensor:
-        return self.arrays[key]
-
-
-def assert_close(actual: Tensor | None, expected: Tensor, tolerance: float) -> None:
-    """Largest difference, relative to the largest expected element (to one for a 0-D array)."""
-    assert actual is not None
-    assert actual.shape == expected.shape
-    scale = expected.abs().max().clamp_min(1e-6 if expected.ndim else 1.0)
-    error = ((actual.detach() - expected).abs().max() / scale).item()
-    assert error <= tolerance, f"relative error {error:.2e} above {tolerance:.0e}"
+def golden_of(name: str) -> Golden:
+    return Golden(f"{name.partition('_')[0]}_choice_shared", name)
 
 
 def load(golden: Golden, monkeypatch: pytest.MonkeyPatch) -> tuple[SparseMoE, Tensor]:
@@ -106,7 +77,7 @@ def dense(routing: SparseRouting, values: Tensor) -> Tensor:
 def test_assignments_and_gates_equal_the_reference(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    golden = Golden(name)
+    golden = golden_of(name)
     layer, x = load(golden, monkeypatch)
     routing = layer.route(x)
     assert routing.token.shape[2] == golden.settings["capacity"]
@@ -125,7 +96,7 @@ def test_assignments_and_gates_equal_the_reference(
 
 @pytest.mark.parametrize("name", ALL)
 def test_layer_equals_the_reference(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    golden = Golden(name)
+    golden = golden_of(name)
     layer, x = load(golden, monkeypatch)
     half = golden.settings["bfloat16"]
     with torch.autocast("cpu", torch.bfloat16, enabled=half):
@@ -142,7 +113,7 @@ def test_layer_equals_the_reference(name: str, monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.parametrize("name", FILES["tokens"])
 def test_auxiliary_losses_equal_the_reference(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    golden = Golden(name)
+    golden = golden_of(name)
     layer, x = load(golden, monkeypatch)
     layer(x)
     terms = layer.auxiliary_losses
@@ -163,7 +134,7 @@ def test_auxiliary_losses_equal_the_reference(name: str, monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize("name", ALL)
 def test_scalars_equal_the_reference(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    golden = Golden(name)
+    golden = golden_of(name)
     layer, x = load(golden, monkeypatch)
     scalars = layer.routing_scalars(layer.route(x))
     mask = golden["out/dispatch_weights"]

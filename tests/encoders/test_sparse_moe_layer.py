@@ -4,44 +4,20 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from encoders.auxiliary_losses import z_loss
 from encoders.sparse_base import SparseMoE
 from encoders.sparse_moe import ExpertsChoice, TokensChoice
+from tests.encoders.reference import OperatorCount, assert_close
 
 BOTH = pytest.mark.parametrize("kind", [TokensChoice, ExpertsChoice])
-
-
-class OperatorCount(TorchDispatchMode):
-    """Counts the operators that reach the backend."""
-
-    count = 0
-
-    def __torch_dispatch__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        self.count += 1
-        return func(*args, **(kwargs or {}))
-
-
-def assert_near(actual: Tensor | None, expected: Tensor, tolerance: float) -> None:
-    """Largest difference, relative to the largest expected element."""
-    assert actual is not None
-    error = ((actual - expected).abs().max() / expected.abs().max()).item()
-    assert error <= tolerance, f"relative error {error:.2e} above {tolerance:.0e}"
 
 
 def one_by_one(layer: SparseMoE, x: Tensor) -> Tensor:
@@ -70,12 +46,12 @@ def test_float64_equals_the_loop_with_every_gradient(kind: type[SparseMoE]) -> N
     weight = torch.randn(2, 9, 8, dtype=torch.float64)
     out, expected = layer(x), one_by_one(layer, x)
     leaves = [x, *layer.parameters()]
-    assert_near(out, expected, 1e-13)
+    assert_close(out, expected, 1e-13)
     gradients = torch.autograd.grad((out * weight).sum(), leaves)
     for gradient, other in zip(
         gradients, torch.autograd.grad((expected * weight).sum(), leaves), strict=True
     ):
-        assert_near(gradient, other, 1e-12)
+        assert_close(gradient, other, 1e-12)
 
 
 def depends_on_mates(layer: SparseMoE) -> bool:
@@ -213,7 +189,7 @@ def test_experts_take_the_largest_gates_of_any_precision(dtype: torch.dtype) -> 
 def test_traces(kind: type[SparseMoE]) -> None:
     layer, x = kind(8, 4, group_size=1).eval(), torch.randn(2, 8, 8)
     traced = torch.jit.trace(layer, x, check_trace=False)
-    assert_near(traced(x), layer(x), 1e-6)
+    assert_close(traced(x), layer(x), 1e-6)
 
 
 def test_a_capacity_of_zero_is_refused() -> None:
@@ -248,7 +224,7 @@ def test_compiles_without_a_graph_break(kind: type[SparseMoE]) -> None:
         torch.stack([loss, *layer.auxiliary_losses.values()]).sum().backward()
         gradients.append([parameter.grad for parameter in layer.parameters()])
     for eager, traced in zip(*gradients, strict=True):
-        assert_near(traced, eager, 1e-6)
+        assert_close(traced, eager, 1e-6)
 
 
 @BOTH

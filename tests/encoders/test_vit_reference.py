@@ -3,25 +3,18 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from encoders.vision_transformer import SoftMoEVisionTransformer
+from tests.encoders.reference import Golden, assert_close
 
-GOLDEN = Path(__file__).parents[1] / "golden"
 # Four float32 blocks deep; observed 4e-7 for values and 1.2e-6 for gradients, of the maximum.
 VALUE_TOLERANCE = 3e-6
 GRADIENT_TOLERANCE = 1e-5
-
-
-def golden(name: str) -> dict[str, Tensor]:
-    with np.load(GOLDEN / f"{name}.npz") as arrays:
-        return {key: torch.from_numpy(arrays[key]) for key in arrays if key != "settings"}
 
 
 def flax_block(arrays: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -81,16 +74,8 @@ def flax_vit(arrays: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return out
 
 
-def assert_close(actual: Tensor | None, expected: Tensor, tolerance: float, name: str = "") -> None:
-    """Largest difference, relative to the largest expected element (at least 1 for a scalar)."""
-    assert actual is not None, name
-    scale = expected.abs().max().clamp_min(1e-6 if expected.ndim else 1.0)
-    error = ((actual.detach() - expected).abs().max() / scale).item()
-    assert error <= tolerance, f"{name}: relative error {error:.2e} above {tolerance:.0e}"
-
-
 def test_model_equals_the_reference() -> None:
-    arrays = golden("vit_soft")
+    arrays = Golden("vit_soft").arrays
     model = SoftMoEVisionTransformer(
         img_size=32, patch_size=8, embed_dim=32, depth=4, num_heads=2, mlp_ratio=1.5,
         num_classes=7, moe_blocks=2, num_experts=4, slots_per_expert=4,
@@ -117,7 +102,7 @@ def test_model_equals_the_reference() -> None:
 
 
 def test_block_equals_the_reference() -> None:
-    arrays = golden("encoder_block_soft")
+    arrays = Golden("encoder_block_soft").arrays
     block = SoftMoEVisionTransformer(
         img_size=16, patch_size=8, embed_dim=24, depth=1, num_heads=3, mlp_ratio=32 / 24,
         moe_blocks=1, num_experts=4, slots_per_expert=2,
@@ -148,7 +133,7 @@ DENSE: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", DENSE)
 def test_dense_arrangements_equal_the_reference(name: str) -> None:
-    arrays = golden(name)
+    arrays = Golden(name).arrays
     model = SoftMoEVisionTransformer(
         img_size=16, patch_size=4, embed_dim=16, num_heads=2, mlp_ratio=1.5, num_classes=5,
         **DENSE[name],
