@@ -21,9 +21,7 @@ from encoders.experts import ExpertMLP
 from encoders.flops import image_flops
 from encoders.sparse_base import SparseMoE
 from encoders.sparse_moe import TokensChoice
-from encoders.variants import VARIANTS
 
-DENSE, ROUTED = "dense_vit_", "soft_moe_vit_"
 # Weights, gradients and the two moments of Adam, all in float32.
 TRAINING_BYTES = 16
 
@@ -90,12 +88,6 @@ def measure(model: nn.Module, image_size: tuple[int, int]) -> ModelSize:
         autocast_activation_bytes=kept[True] // batch,
         cast_bytes=saved[batch, True] - kept[True],
     )
-
-
-def dense_twin(name: str) -> str | None:
-    """Name of the dense model with the same blocks, or None for models that are not ours."""
-    twin = DENSE + name.removeprefix(ROUTED)
-    return twin if name.startswith(ROUTED) and twin in VARIANTS else None
 
 
 def _expert_parameters(model: nn.Module) -> tuple[int, int, int]:

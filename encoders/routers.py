@@ -109,16 +109,16 @@ def build_routed_layer(
             raise ValueError(
                 f"router '{router}' takes no option '{name}'; {_suggest(name, accepted)}"
             )
-    arguments: dict[str, Any] = {
-        "dim": dim,
-        "num_experts": num_experts,
-        "hidden_dim": hidden_dim,
-        "dropout": dropout,
-        "device": device,
-        "dtype": dtype,
-    }
     with _naming(router, given):
-        return layer(**arguments, **options)
+        return layer(
+            dim=dim,
+            num_experts=num_experts,
+            hidden_dim=hidden_dim,
+            dropout=dropout,
+            device=device,
+            dtype=dtype,
+            **options,
+        )
 
 
 @contextmanager

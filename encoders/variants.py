@@ -57,22 +57,10 @@ VARIANTS: dict[str, tuple[Size, int, int, int]] = {
     "soft_moe_vit_large_patch32_224": (LARGE, 32, 224, 32),
     "soft_moe_vit_large_patch16_224": (LARGE, 16, 224, 128),
     "soft_moe_vit_huge_patch14_224": (HUGE, 14, 224, 256),
-    "dense_vit_nano_patch8_16": (NANO, 8, 16, 0),
-    "dense_vit_nano_patch4_16": (NANO, 4, 16, 0),
-    "dense_vit_micro_patch8_48": (MICRO, 8, 48, 0),
-    "dense_vit_micro_patch8_64": (MICRO, 8, 64, 0),
-    "dense_vit_test_patch16_64": (TEST, 16, 64, 0),
-    "dense_vit_tiny_patch16_224": (TINY, 16, 224, 0),
-    "dense_vit_small_patch32_224": (SMALL, 32, 224, 0),
-    "dense_vit_small_patch16_224": (SMALL, 16, 224, 0),
-    "dense_vit_small_patch14_224": (SMALL, 14, 224, 0),
-    "dense_vit_small_patch8_224": (SMALL, 8, 224, 0),
-    "dense_vit_base_patch32_224": (BASE, 32, 224, 0),
-    "dense_vit_base_patch16_224": (BASE, 16, 224, 0),
-    "dense_vit_large_patch32_224": (LARGE, 32, 224, 0),
-    "dense_vit_large_patch16_224": (LARGE, 16, 224, 0),
-    "dense_vit_huge_patch14_224": (HUGE, 14, 224, 0),
 }
+# The dense model with the same blocks, by the name of the routed one.
+DENSE_TWINS = {name: name.replace("soft_moe", "dense") for name in VARIANTS}
+VARIANTS |= {twin: (*VARIANTS[name][:3], 0) for name, twin in DENSE_TWINS.items()}
 
 
 def _default_cfg(image_size: int) -> dict[str, Any]:

@@ -79,11 +79,12 @@ def print_sizes(tower: Any) -> None:
     import timm
     import torch
 
-    from encoders.model_size import dense_twin, measure
+    from encoders.model_size import measure
+    from encoders.variants import DENSE_TWINS
     from eval.tables import text_table
 
     sizes = {tower.name: measure(tower.model, (tower.image_size, tower.image_size))}
-    twin = dense_twin(tower.name)
+    twin = DENSE_TWINS.get(tower.name)
     if twin is not None:
         with torch.device("meta"):
             dense = timm.create_model(
