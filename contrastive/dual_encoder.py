@@ -58,7 +58,11 @@ def _text_config(text: TextTowerConfig) -> dict[str, Any]:
                 "text.quick_gelu needs text.kind open_clip: leave it out, or change kind"
             )
         return hugging_face_text_config(
-            text.folder, text.context_length, text.projection, pooling=text.pooling
+            text.folder,
+            text.context_length,
+            text.projection,
+            pretrained=text.init_from is None,
+            pooling=text.pooling,
         ) | {"hf_model_pretrained": False}  # see contrastive.initial_weights
     if text.folder or text.pooling != "mean" or text.projection != "linear":
         raise ValueError(
