@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import timm
 import torch
 from timm.data import Mixup
 from torch import Tensor
@@ -15,7 +14,7 @@ from encoders.auxiliary_losses import add_auxiliary_losses, routed_layers
 from encoders.pixels import Normalize
 from encoders.routing_statistics import RoutingMonitor
 from encoders.temperature import changing_temperatures, set_training_step, temperature_metrics
-from encoders.variants import input_size
+from encoders.variants import create_encoder
 from training.objective import Batch, Metrics, Objective
 
 
@@ -25,17 +24,10 @@ def build_classifier(config: ClassifierConfig, num_classes: int) -> Any:
     Raises:
         ValueError: timm does not know the name, or the model does not take an argument.
     """
-    input_size(config.name)  # refuses names that timm does not know
     options: dict[str, Any] = {"num_classes": num_classes, "drop_path_rate": config.drop_path}
     if config.patch_dropout:
         options["patch_drop_rate"] = config.patch_dropout
-    twice = sorted(options.keys() & config.arguments)
-    if twice:
-        raise ValueError(f"model.arguments must not set {', '.join(twice)}: other settings do")
-    try:
-        return timm.create_model(config.name, **options | config.arguments)
-    except TypeError as error:
-        raise ValueError(f"model.arguments do not suit {config.name}: {error}") from error
+    return create_encoder(config.name, config.arguments, "model.arguments", **options)
 
 
 # What timm has to know of a saved model, of the settings that it keeps of every model.

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 
 @dataclass
@@ -12,8 +12,16 @@ class ImageTowerConfig:
 
     name: str = "soft_moe_vit_small_patch16_224"
     """Any timm name works; ours begin with `soft_moe_vit_`."""
+    arguments: dict[str, Any] = field(default_factory=dict)
+    """Further arguments of the model, as model.arguments of pretraining, such as {router:
+    tokens_choice, num_experts: 32, img_size: 64}. With any, open_clip 3.3 cannot open the run; our
+    commands can."""
     init_from: str | None = None
-    """Classification checkpoint (or run directory) whose trunk weights are loaded."""
+    """Initial weights: a run directory or a checkpoint of either training command, a safetensors
+    file, a timm or open_clip folder, or hf-hub:owner/name (docs/towers.md)."""
+    init_allow: list[str] = field(default_factory=list)
+    """Parameters that init_from may lack, have in excess or have in another shape: regular
+    expressions, each of which must match the whole name of one."""
     frozen: bool = False
     """Keep the trunk as it is; the projection is still trained."""
     trainable: int | list[str] | None = None
@@ -28,7 +36,7 @@ class ImageTowerConfig:
 
 @dataclass
 class TextTowerConfig:
-    """The text tower: open_clip's transformer, or a Hugging Face model from a local folder."""
+    """The text tower: open_clip's transformer, or a Hugging Face model."""
 
     kind: Literal["open_clip", "hugging_face"] = "open_clip"
     width: int = 512
@@ -44,14 +52,24 @@ class TextTowerConfig:
     """Successive tokens that share slots: 1 is exact, more is as much cheaper."""
     context_length: int = 77
     """Tokens per caption; longer captions are cut."""
+    quick_gelu: bool = False
+    """For open_clip: the activation of OpenAI's weights, x * sigmoid(1.702 x), in place of GELU."""
     folder: str = ""
-    """Local folder with model and tokenizer, for hugging_face."""
+    """For hugging_face: a local folder with model and tokenizer, or the model's name on the hub."""
+    pooling: Literal["mean", "cls", "last"] = "mean"
+    """For hugging_face: mean of the tokens, first or last token. Stock open_clip cannot open the
+    last; our commands can."""
     projection: Literal["linear", "mlp"] = "linear"
-    """Head on a Hugging Face model; it is trained even when the model is frozen."""
+    """Head on a Hugging Face model."""
+    init_from: str | None = None
+    """Initial weights of the text tower: an open_clip folder, a contrastive run or a checkpoint of
+    one, or hf-hub:owner/name; null takes those of folder, for hugging_face (docs/towers.md)."""
+    init_allow: list[str] = field(default_factory=list)
+    """As image.init_allow."""
     frozen: bool = False
-    """Keep the text tower (of a Hugging Face model: all but its projection) as it is."""
+    """Keep the text tower as it is, but for its projection, which is always trained."""
     trainable: int | list[str] | None = None
-    """Train part of a Hugging Face model, as image.trainable; its projection is always trained."""
+    """Train part of a pretrained text tower, as image.trainable."""
 
 
 @dataclass

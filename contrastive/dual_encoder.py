@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import math
-from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from contrastive.config import ContrastiveConfig, ImageTowerConfig, TextTowerConfig
-from contrastive.trainable import parts_to_freeze
-from encoders.text_towers import (
-    build_clip,
-    hugging_face_text_config,
-    open_clip_text_config,
-    route_text_blocks,
-)
-from encoders.variants import input_size
-from training.checkpoint import CheckpointError, load_tensors, load_weights, newest_checkpoint
+from contrastive.trainable import parts_to_freeze, untrained_parts
+from encoders.clip_model import build_clip, vision_config
+from encoders.hugging_face_text import hugging_face_text_config
+from encoders.text_towers import open_clip_text_config, route_text_blocks
 
 
 def model_config(
@@ -37,39 +30,52 @@ def model_config(
             tower kept as it is, in whole or in part, without trained weights.
     """
     _refuse_frozen_noise(image, text)
-    if text.kind == "open_clip":
-        text_config = open_clip_text_config(
-            text.width, text.heads, text.layers, text.context_length
-        )
-        text_config = route_text_blocks(
-            text_config,
-            text.moe_blocks,
-            text.num_experts,
-            text.slots_per_expert,
-            text.slot_block_size,
-        )
-    elif text.moe_blocks:
-        raise ValueError("text.moe_blocks needs text.kind open_clip: set it to 0, or change kind")
-    else:
-        text_config = hugging_face_text_config(text.folder, text.context_length, text.projection)
-    vision_config: dict[str, Any] = {
-        "timm_model_name": image.name,
-        "timm_model_pretrained": False,
-        "timm_pool": "avg",
-        "timm_proj": "linear",
-        "image_size": input_size(image.name),
-    }
-    if image.drop_path:
-        vision_config["timm_drop_path"] = image.drop_path
-    if image.patch_dropout:
-        vision_config["patch_dropout"] = image.patch_dropout
     config: dict[str, Any] = {
         "embed_dim": contrastive.embed_dim,
-        "vision_cfg": vision_config,
-        "text_cfg": text_config,
+        "vision_cfg": vision_config(
+            image.name,
+            image.arguments,
+            image.drop_path,
+            image.patch_dropout,
+            setting="image.arguments",
+        ),
+        "text_cfg": _text_config(text),
         "custom_text": True,
     }
+    if text.quick_gelu:  # of the text tower only: timm models have activations of their own
+        config["quick_gelu"] = True
     return config | _initial_logits(contrastive, batch_size)
+
+
+def _text_config(text: TextTowerConfig) -> dict[str, Any]:
+    if text.kind == "hugging_face":
+        if text.moe_blocks:
+            raise ValueError(
+                "text.moe_blocks needs text.kind open_clip: set it to 0, or change kind"
+            )
+        if text.quick_gelu:
+            raise ValueError(
+                "text.quick_gelu needs text.kind open_clip: leave it out, or change kind"
+            )
+        return hugging_face_text_config(
+            text.folder,
+            text.context_length,
+            text.projection,
+            pretrained=text.init_from is None,
+            pooling=text.pooling,
+        ) | {"hf_model_pretrained": False}  # see contrastive.initial_weights
+    if text.folder or text.pooling != "mean" or text.projection != "linear":
+        raise ValueError(
+            "text.folder, text.pooling and text.projection are of Hugging Face models: set"
+            " text.kind to hugging_face, or leave them out"
+        )
+    return route_text_blocks(
+        open_clip_text_config(text.width, text.heads, text.layers, text.context_length),
+        text.moe_blocks,
+        text.num_experts,
+        text.slots_per_expert,
+        text.slot_block_size,
+    )
 
 
 def _initial_logits(contrastive: ContrastiveConfig, batch_size: int | None) -> dict[str, float]:
@@ -102,27 +108,34 @@ def _initial_logits(contrastive: ContrastiveConfig, batch_size: int | None) -> d
 
 
 def _refuse_frozen_noise(image: ImageTowerConfig, text: TextTowerConfig) -> None:
-    for name, tower in (("image", image), ("text", text)):
+    remedies = {
+        "image": "set image.init_from to a checkpoint",
+        "text": "set text.init_from to an open_clip checkpoint, text.kind to hugging_face with"
+        " text.folder",
+    }
+    loaded = text.init_from is not None or text.kind == "hugging_face"
+    for name, tower, loads in (
+        ("image", image, image.init_from is not None),
+        ("text", text, loaded),
+    ):
         if tower.frozen and tower.trainable is not None:
             raise ValueError(
                 f"{name}.frozen trains nothing, {name}.trainable {tower.trainable} a part: set one"
             )
-    setting, off = ("frozen", "false") if image.frozen else ("trainable", "null")
-    if (image.frozen or image.trainable is not None) and image.init_from is None:
-        raise ValueError(
-            f"image.{setting} would keep random weights: set image.init_from to a classification"
-            f" checkpoint, or image.{setting} to {off}"
-        )
-    setting, off = ("frozen", "false") if text.frozen else ("trainable", "null")
-    if (text.frozen or text.trainable is not None) and text.kind == "open_clip":
-        raise ValueError(
-            f"text.{setting} would keep random weights, for text.kind open_clip loads none: set"
-            f" text.kind to hugging_face and text.folder, or text.{setting} to {off}"
-        )
+        setting, off = ("frozen", "false") if tower.frozen else ("trainable", "null")
+        if (tower.frozen or tower.trainable is not None) and not loads:
+            raise ValueError(
+                f"{name}.{setting} would keep random weights: {remedies[name]}, or {name}.{setting}"
+                f" to {off}"
+            )
+        if tower.init_allow and not loads:
+            raise ValueError(
+                f"{name}.init_allow allows differences to nothing: set {name}.init_from"
+            )
 
 
 def build_dual_encoder(config: dict[str, Any]) -> Any:
-    """A fresh model from `model_config`, whose calls return a dict of features."""
+    """A model with random weights from `model_config`, whose calls return a dict of features."""
     return build_clip(config, output_dict=True)
 
 
@@ -140,48 +153,11 @@ def frozen_parts(
         parts += (model.visual.trunk,)
     elif image.trainable is not None:
         parts += parts_to_freeze(model.visual.trunk, image.trainable, "image.trainable")
+    whole = text.kind == "open_clip"  # whose projection is a parameter among those of the tower
+    tower = model.text if whole else model.text.transformer
+    projection = {"text_projection"} if whole else set()
     if text.frozen:
-        parts += (model.text.transformer,)
+        parts += untrained_parts(tower, projection)
     elif text.trainable is not None:
-        parts += parts_to_freeze(model.text.transformer, text.trainable, "text.trainable")
+        parts += parts_to_freeze(tower, text.trainable, "text.trainable", projection)
     return parts
-
-
-def load_image_trunk(model: Any, source: str) -> None:
-    """Load a classification checkpoint into the image trunk; its classifier is left out.
-
-    Args:
-        source: a run directory, a checkpoint folder, or a safetensors file.
-
-    Raises:
-        CheckpointError: nothing there, or parameters differ from the trunk's.
-    """
-    path = Path(source)
-    if (path / "checkpoints").is_dir():
-        newest, _ = newest_checkpoint(path / "checkpoints")
-        if newest is None:
-            raise CheckpointError(f"image.init_from '{source}' holds no complete checkpoint")
-        path = newest
-    if path.is_dir():
-        _refuse_arguments(path / "config.json")
-        path = path / "model.safetensors"
-    tensors = load_tensors(path)
-    trunk = model.visual.trunk
-    named = trunk.pretrained_cfg.get("classifier") or ()  # two names with a distillation head
-    names = (named,) if isinstance(named, str) else named
-    # All of a head that the trunk lacks, for "head.fc" may stand beside a norm of either side.
-    heads, kept = tuple(f"{name.partition('.')[0]}." for name in names), trunk.state_dict()
-    tensors = {k: v for k, v in tensors.items() if k in kept or not k.startswith(heads)}
-    load_weights(trunk, tensors, str(path))
-
-
-def _refuse_arguments(path: Path) -> None:
-    """Weights of another router can fit by name and shape and still be another function."""
-    arguments = (
-        json.loads(path.read_text(encoding="utf-8")).get("model_args") if path.is_file() else None
-    )
-    if arguments:
-        raise CheckpointError(
-            f"{path.parent} was trained with model.arguments {arguments}, which dual encoders do"
-            " not take yet: pretrain a registered model (encoders/variants.py) without arguments"
-        )

@@ -44,6 +44,7 @@ class ContrastiveObjective(Objective):
         mean, std: pixel normalisation of the image tower.
         frozen: modules and parameters that are not trained; they get no gradient, and such modules
             stay in eval mode.
+        files: more JSON files of each checkpoint, such as those of a tokenizer.
     """
 
     weights_file = "open_clip_model.safetensors"
@@ -56,10 +57,12 @@ class ContrastiveObjective(Objective):
         mean: tuple[float, ...],
         std: tuple[float, ...],
         frozen: tuple[nn.Module | nn.Parameter, ...] = (),
+        files: dict[str, dict[str, Any]] | None = None,
     ) -> None:
         super().__init__()
         self.model = model
         self.model_config, self.config = model_config, config
+        self.files = files or {}
         self._routed_layers = routed_layers(model)
         self._temperatures = changing_temperatures(model)
         self._monitor = RoutingMonitor(getattr(model.visual, "trunk", model.visual))
@@ -188,9 +191,5 @@ class ContrastiveObjective(Objective):
             "interpolation": "bicubic",
             "resize_mode": "squash",
         }
-        return {
-            "open_clip_config.json": {
-                "model_cfg": self.model_config,
-                "preprocess_cfg": preprocess,
-            }
-        }
+        description = {"model_cfg": self.model_config, "preprocess_cfg": preprocess}
+        return {"open_clip_config.json": description} | self.files

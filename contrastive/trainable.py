@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 
 from torch import nn
 
-BLOCKS = re.compile(r"(?:.*\.)?(?:blocks|layers?|block|stages)")  # timm's and Hugging Face's names
+# Names that timm, Hugging Face and open_clip give lists of blocks.
+BLOCKS = re.compile(r"(?:.*\.)?(?:blocks|layers?|block|stages|resblocks)")
 
 
 def parts_to_freeze(
-    tower: nn.Module, trainable: int | list[str], setting: str
+    tower: nn.Module,
+    trainable: int | list[str],
+    setting: str,
+    always: Collection[str] = (),
 ) -> tuple[nn.Module | nn.Parameter, ...]:
     """The largest modules of `tower` without a trained parameter, and other untrained parameters.
 
@@ -19,6 +24,7 @@ def parts_to_freeze(
             one); or regular expressions, one of which matches the whole name of each trained
             parameter.
         setting: what messages call `trainable`.
+        always: names of parameters that are trained in any case.
 
     Raises:
         ValueError: the tower has no or fewer blocks, or an expression is invalid or matches
@@ -28,7 +34,7 @@ def parts_to_freeze(
         trained = _last_blocks(tower, trainable, setting)
     else:
         trained = _matching(tower, trainable, setting)
-    return _untrained(tower, trained)
+    return untrained_parts(tower, trained | set(always))
 
 
 def _last_blocks(tower: nn.Module, count: int, setting: str) -> set[str]:
@@ -71,7 +77,8 @@ def _matching(tower: nn.Module, expressions: list[str], setting: str) -> set[str
     return trained
 
 
-def _untrained(module: nn.Module, trained: set[str]) -> tuple[nn.Module | nn.Parameter, ...]:
+def untrained_parts(module: nn.Module, trained: set[str]) -> tuple[nn.Module | nn.Parameter, ...]:
+    """The largest modules without a parameter of these names, and other parameters without one."""
     names = {name for name, _ in module.named_parameters()}
     if names and not names & trained:
         return (module,)
@@ -83,5 +90,5 @@ def _untrained(module: nn.Module, trained: set[str]) -> tuple[nn.Module | nn.Par
     for prefix, child in module.named_children():
         start = f"{prefix}."
         own = {name.removeprefix(start) for name in trained if name.startswith(start)}
-        parts += _untrained(child, own)
+        parts += untrained_parts(child, own)
     return tuple(parts)

@@ -9,7 +9,7 @@ machines and small images; test, like timm's own test models, only shows that th
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import timm
@@ -63,6 +63,19 @@ DENSE_TWINS = {name: name.replace("soft_moe", "dense") for name in VARIANTS}
 VARIANTS |= {twin: (*VARIANTS[name][:3], 0) for name, twin in DENSE_TWINS.items()}
 
 
+# What timm.create_model takes besides arguments of the model: where weights come from, and pictures
+# that are not of three channels.
+FOREIGN_ARGUMENTS = (
+    "cache_dir",
+    "checkpoint_path",
+    "features_only",
+    "in_chans",
+    "pretrained",
+    "pretrained_cfg",
+    "pretrained_cfg_overlay",
+)
+
+
 def _default_cfg(image_size: int) -> dict[str, Any]:
     return {
         "input_size": (3, image_size, image_size),
@@ -83,20 +96,52 @@ default_cfgs = generate_default_cfgs(
 )
 
 
-def input_size(name: str) -> int:
-    """Pixels per side that the named timm model expects.
+def input_size(name: str, arguments: Mapping[str, Any] | None = None) -> int:
+    """Pixels per side that the named timm model expects, when built with `arguments`.
 
     Raises:
-        ValueError: timm does not know the name; the message has the nearest ones.
+        ValueError: timm does not know the name (the message has the nearest ones), or `img_size`
+            among the arguments is no number of pixels.
     """
     if not timm.is_model(name):
         near = difflib.get_close_matches(name, timm.list_models(), n=2)
         hint = f"; did you mean {' or '.join(near)}?" if near else ""
         raise ValueError(f"model '{name}' is unknown to timm{hint}")
+    chosen = (arguments or {}).get("img_size")
+    if chosen is not None:
+        if not isinstance(chosen, int) or isinstance(chosen, bool) or chosen < 1:
+            raise ValueError(f"img_size must be a number of pixels, got {chosen!r}")
+        return chosen
     config = timm.get_pretrained_cfg(name)
     if config is None or config.input_size is None:
         raise ValueError(f"model '{name}' does not say which image size it expects")
     return config.input_size[-1]
+
+
+def create_encoder(
+    name: str, arguments: Mapping[str, Any], setting: str = "arguments", **fixed: Any
+) -> Any:
+    """A timm model with fresh weights, whose `pretrained_cfg` tells its true image size.
+
+    Args:
+        arguments: the user's, of the model's constructor.
+        setting: what messages call them.
+        **fixed: arguments that the user's must not repeat.
+
+    Raises:
+        ValueError: timm does not know the name, or the model does not take the arguments.
+    """
+    size = input_size(name, arguments)
+    taken = sorted(arguments.keys() & {*fixed, *FOREIGN_ARGUMENTS})
+    if taken:
+        raise ValueError(f"{setting} must not set {', '.join(taken)}: other settings do")
+    try:
+        model: Any = timm.create_model(name, **fixed, **arguments)
+    except (AssertionError, TypeError) as error:
+        raise ValueError(f"{setting} do not suit {name}: {error}") from error
+    if "img_size" in arguments:  # timm leaves the size of the name
+        model.pretrained_cfg["input_size"] = (3, size, size)
+    return model
 
 
 def _entry_point(name: str) -> Callable[..., SoftMoEVisionTransformer]:

@@ -12,7 +12,9 @@ import open_clip
 from safetensors.torch import load_file
 from torch import Tensor
 
-from encoders.text_towers import ROUTED_BLOCKS, build_clip, build_tokenizer
+from encoders.clip_model import build_clip, opens_in_open_clip
+from encoders.hugging_face_text import TEXT_FOLDER
+from encoders.text_towers import build_tokenizer
 
 CONFIG_FILE = "open_clip_config.json"
 WEIGHTS_FILE = "open_clip_model.safetensors"
@@ -37,7 +39,10 @@ class OpenedModel:
 
 
 def open_model(model: str, pretrained: str | None = None) -> OpenedModel:
-    """Open `model` with open_clip, which refuses routed text blocks: those are built here.
+    """Open `model` with open_clip; what open_clip cannot build is built here.
+
+    Of a checkpoint that carries the config and the tokenizer of its Hugging Face text tower, those
+    are used, for the model they came from may be gone.
 
     Args:
         model: a run directory (its newest checkpoint), a folder with `open_clip_config.json`, or
@@ -51,8 +56,12 @@ def open_model(model: str, pretrained: str | None = None) -> OpenedModel:
     name = model if folder is None else f"local-dir:{folder}"
     description = None if folder is None else _read_description(folder)
     try:
-        if folder and description and ROUTED_BLOCKS in description["model_cfg"]["text_cfg"]:
-            opened = _open_routed(folder, description)
+        if (
+            folder
+            and description
+            and (_carries_text(folder) or not opens_in_open_clip(description["model_cfg"]))
+        ):
+            opened = _open_ours(folder, description)
         else:
             opened = open_clip.create_model(name, pretrained=pretrained, require_pretrained=True)
     except RuntimeError as error:
@@ -84,16 +93,27 @@ def _read_description(folder: Path) -> dict[str, Any]:
         description = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is not valid JSON ({error}): export the model again") from error
-    if "text_cfg" not in description.get("model_cfg", {}):
-        raise ValueError(f"{path} describes no open_clip model: it lacks model_cfg.text_cfg")
+    for part in ("text_cfg", "vision_cfg"):
+        if part not in description.get("model_cfg", {}):
+            raise ValueError(f"{path} describes no open_clip model: it lacks model_cfg.{part}")
+    if _carries_text(folder):
+        description["model_cfg"]["text_cfg"] |= {
+            "hf_model_name": str(folder / TEXT_FOLDER),
+            "hf_tokenizer_name": str(folder),
+            "hf_model_pretrained": False,
+        }
     return description
 
 
-def _open_routed(folder: Path, description: dict[str, Any]) -> Any:
+def _carries_text(folder: Path) -> bool:
+    return (folder / TEXT_FOLDER / "config.json").is_file()
+
+
+def _open_ours(folder: Path, description: dict[str, Any]) -> Any:
     """What open_clip's `create_model` does, for a model that it cannot build."""
     path = folder / WEIGHTS_FILE
     if not path.is_file():
-        raise ValueError(f"{path} does not exist: a model with routed text blocks needs it")
+        raise ValueError(f"{path} does not exist: the weights are read from it")
     model: Any = build_clip(description["model_cfg"])
     model.load_state_dict(load_file(path))
     settings = description["preprocess_cfg"] | {"size": model.visual.image_size}

@@ -17,8 +17,9 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import resize
 
 from data_pipelines.evaluation import EvaluationSet
+from encoders.auxiliary_losses import routed_layers
 from encoders.routing_report import choose_slots, draw_slot_maps
-from encoders.routing_statistics import collect_soft_routing
+from encoders.routing_statistics import collect_routing, collect_soft_routing, soft_only
 from eval.config import EvaluationSetConfig
 from eval.image_text import Embeddings, ImageTextEvaluator
 from eval.open_model import OpenedModel, open_model
@@ -80,7 +81,7 @@ def build_report(folder: Path, data: Path, seconds: dict[str, float]) -> Path:
         curves=curves(folder),
         text_queries=text_queries(embedded, sets["test"], 8, 5),
         image_queries=image_queries(embedded, sets["test"], 8, 3),
-        pictures=[slot_picture(opened, sets["test"])],
+        pictures=slot_pictures(opened, sets["test"]),
         facts=facts(folder, seconds),
     )
     path = folder / "report.html"
@@ -262,31 +263,38 @@ def _picture(pictures: PictureSet, number: int) -> Any:
     return pictures.images[number].permute(1, 2, 0).numpy()
 
 
-def slot_picture(
+def slot_pictures(
     opened: OpenedModel, pictures: PictureSet, rows: int = 5, columns: int = 6
-) -> Picture:
-    """What some slots of the last Soft MoE layer look at, over test pictures."""
+) -> list[Picture]:
+    """What some slots of the last layer with slots look at, over test pictures; other routers have
+    none to show."""
     size = [opened.image_size, opened.image_size]
     images = pictures.images[_spread(rows, len(pictures.images))]
     inputs = resize(images, size, antialias=True)
     trunk = opened.model.visual.trunk
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (opened.mean, opened.std))
     many = resize(pictures.images[_spread(64, len(pictures.images))], size, antialias=True)
-    layer, routing = list(collect_soft_routing(trunk, (many / 255 - mean) / std).items())[-1]
-    chosen = choose_slots(routing.dispatch, min(columns, routing.dispatch.shape[2]))
+    routing = collect_routing(trunk, (many / 255 - mean) / std) if routed_layers(trunk) else {}
+    found = soft_only(routing)
+    if not found:
+        return []
+    layer, weights = list(found.items())[-1]
+    chosen = choose_slots(weights.dispatch, min(columns, weights.dispatch.shape[2]))
     shown = collect_soft_routing(trunk, (inputs / 255 - mean) / std)[layer]
     figure = draw_slot_maps(images, shown.dispatch, chosen)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     down, across = trunk.patch_embed.grid_size
-    return Picture(
-        f"What slots look at ({layer})",
-        buffer.getvalue(),
-        alt=f"Heat maps of {len(chosen)} slots over {rows} pictures",
-        note=f"The model sees a picture as {down} x {across} patches. Shown are dispatch weights of"
-        " the last Soft MoE layer, in multiples of a uniform weight, of slots that are"
-        " concentrated and differ from one another.",
-    )
+    return [
+        Picture(
+            f"What slots look at ({layer})",
+            buffer.getvalue(),
+            alt=f"Heat maps of {len(chosen)} slots over {rows} pictures",
+            note=f"The model sees a picture as {down} x {across} patches. Shown are dispatch"
+            " weights of the last Soft MoE layer, in multiples of a uniform weight, of slots that"
+            " are concentrated and differ from one another.",
+        )
+    ]
 
 
 def facts(folder: Path, seconds: dict[str, float]) -> dict[str, str]:

@@ -86,10 +86,10 @@ def print_sizes(tower: Any) -> None:
     sizes = {tower.name: measure(tower.model, (tower.image_size, tower.image_size))}
     twin = DENSE_TWINS.get(tower.name)
     if twin is not None:
+        arguments = {name: value for name, value in tower.arguments.items() if name != "moe_blocks"}
+        sizes_alike = {"num_classes": tower.model.num_classes, "img_size": tower.image_size}
         with torch.device("meta"):
-            dense = timm.create_model(
-                twin, num_classes=tower.model.num_classes, img_size=tower.image_size
-            )
+            dense = timm.create_model(twin, **arguments | sizes_alike)
         sizes[twin] = measure(dense, (tower.image_size, tower.image_size))
     table = [_size_rows(size) for size in sizes.values()]
     rows = [[name, *(column[name] for column in table)] for name in table[0]]

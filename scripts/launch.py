@@ -88,10 +88,17 @@ class Launch:
         """Make the initial weights a function of the seed, alike on every process."""
         set_seed(self.config.seed)
 
-    def fit(self, objective: Objective, stream: Stream, evaluators: Sequence[Evaluator]) -> None:
+    def fit(
+        self,
+        objective: Objective,
+        stream: Stream,
+        evaluators: Sequence[Evaluator],
+        notes: Sequence[str] = (),
+    ) -> None:
         """Prepare the run directory, train, and report what was skipped.
 
-        Nothing is written before the trainer has accepted its settings, nor by a finished run.
+        The log begins with `notes`. Nothing is written before the trainer has accepted its
+        settings, nor by a finished run.
         """
         config, main = self.config, self.accelerator.is_main_process
         set_seed(config.seed, device_specific=True)  # dropout and mixup differ between processes
@@ -111,6 +118,8 @@ class Launch:
                 self._prepare_folder()
             self.accelerator.wait_for_everyone()
             with run_log(self.run_dir / "train.log") if main else nullcontext():
+                for note in notes if main else ():
+                    say(note)
                 self._train(trainer, stream)
         elif main:
             steps = config.train.steps

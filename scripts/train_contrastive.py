@@ -47,14 +47,11 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def train(config: ContrastiveRun) -> None:
-    from contrastive.dual_encoder import (
-        build_dual_encoder,
-        frozen_parts,
-        load_image_trunk,
-        model_config,
-    )
+    from contrastive.dual_encoder import build_dual_encoder, frozen_parts, model_config
+    from contrastive.initial_weights import initialise_towers
     from contrastive.objective import ContrastiveObjective
     from data_pipelines.image_text import image_text_stream
+    from encoders.hugging_face_text import checkpoint_files
     from encoders.text_towers import build_tokenizer
     from eval.image_text import ImageTextEvaluator
     from scripts.launch import Launch
@@ -73,16 +70,22 @@ def train(config: ContrastiveRun) -> None:
     )
     launch.seed_models()
     model = build_dual_encoder(description)
-    if config.image.init_from is not None and launch.resume is None:
-        load_image_trunk(model, config.image.init_from)
+    notes = []
+    if launch.resume is None:
+        notes = initialise_towers(model, config.image, config.text, description)
     settings = model.visual.trunk.pretrained_cfg
     mean, std = tuple(settings["mean"]), tuple(settings["std"])
     frozen = frozen_parts(model, config.image, config.text)
-    objective = ContrastiveObjective(model, description, config.contrastive, mean, std, frozen)
+    files = {}
+    if config.text.kind == "hugging_face":
+        files = checkpoint_files(description["text_cfg"], tokenizer)
+    objective = ContrastiveObjective(
+        model, description, config.contrastive, mean, std, frozen, files
+    )
     evaluators = [
         ImageTextEvaluator(item, image_size, tokenizer, mean, std) for item in config.evaluation
     ]
-    launch.fit(objective, stream, evaluators)
+    launch.fit(objective, stream, evaluators, notes)
 
 
 if __name__ == "__main__":

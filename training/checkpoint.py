@@ -119,7 +119,9 @@ class CheckpointWriter:
         save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, path)
 
     def add_json(self, name: str, content: dict[str, Any]) -> None:
-        (self.partial / name).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        path = self.partial / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
     def publish(self, step: int) -> Path:
         """Flush every file, write the manifest and give the folder its final name."""

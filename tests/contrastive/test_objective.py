@@ -9,24 +9,17 @@ from typing import Any, Literal
 
 import open_clip
 import pytest
-import timm
 import torch
 from accelerate import Accelerator
-from safetensors.torch import save_file
 from torch import Tensor
 
 from contrastive.config import ContrastiveConfig, ImageTowerConfig, TextTowerConfig
-from contrastive.dual_encoder import (
-    build_dual_encoder,
-    frozen_parts,
-    load_image_trunk,
-    model_config,
-)
+from contrastive.dual_encoder import build_dual_encoder, frozen_parts, model_config
 from contrastive.objective import ContrastiveObjective
 from encoders.sparse_moe import TokensChoice
 from encoders.variants import input_size
 from eval.open_model import open_model
-from training.checkpoint import CheckpointError, CheckpointWriter, load_tensors
+from training.checkpoint import load_tensors
 from training.config import OptimizerConfig, ScheduleConfig, TrainConfig
 from training.loop import Trainer
 
@@ -140,7 +133,11 @@ def test_settings_freeze_what_was_pretrained() -> None:
     ("image", "text", "message"),
     [
         (ImageTowerConfig(TEST, frozen=True), TextTowerConfig(), "set image.init_from"),
-        (ImageTowerConfig(TEST), TextTowerConfig(frozen=True), "set text.kind to hugging_face"),
+        (
+            ImageTowerConfig(TEST),
+            TextTowerConfig(frozen=True),
+            "set text.init_from to an open_clip",
+        ),
     ],
 )
 def test_frozen_noise_is_refused(
@@ -258,83 +255,6 @@ def test_a_checkpoint_opens_in_open_clip(tmp_path: Path, loss: Literal["clip", "
     assert (
         "custom_text" in json.loads((checkpoint / "open_clip_config.json").read_text())["model_cfg"]
     )
-
-
-@pytest.fixture(scope="module")
-def classifier(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Tensor]]:
-    """A run directory with one classification checkpoint, and its weights."""
-    torch.manual_seed(5)
-    weights = timm.create_model(TEST, num_classes=3).state_dict()
-    run_dir = tmp_path_factory.mktemp("run")
-    writer = CheckpointWriter(run_dir / "checkpoints", 7)
-    writer.begin()
-    writer.add_tensors("model.safetensors", weights)
-    writer.publish(7)
-    return run_dir, weights
-
-
-@pytest.mark.parametrize("place", ["", "checkpoints/step_00000007", "model.safetensors"])
-def test_a_classifier_gives_its_trunk(
-    classifier: tuple[Path, dict[str, Tensor]], tmp_path: Path, place: str
-) -> None:
-    run_dir, weights = classifier
-    source = run_dir / place
-    if place.endswith(".safetensors"):
-        source = tmp_path / place
-        save_file(weights, source)
-    model = make_objective().model
-    load_image_trunk(model, str(source))
-    trunk = model.visual.trunk.state_dict()
-    assert set(trunk) == {name for name in weights if not name.startswith("head.")}
-    assert all(torch.equal(value, weights[name]) for name, value in trunk.items())
-
-
-@pytest.mark.parametrize("name", ["test_resnet", "test_convnext", "levit_128s"])
-def test_any_timm_classifier_gives_its_trunk(tmp_path: Path, name: str) -> None:
-    # Classifiers fc; head.fc, beside a norm that stays; head.linear and head_dist.linear, beside
-    # norms that go.
-    image = ImageTowerConfig(name)
-    text = TextTowerConfig(width=16, heads=2, layers=1, context_length=8)
-    model = build_dual_encoder(model_config(image, text, ContrastiveConfig(embed_dim=8)))
-    weights = timm.create_model(name, num_classes=3).state_dict()
-    save_file(weights, tmp_path / "model.safetensors")
-    load_image_trunk(model, str(tmp_path))
-    trunk = model.visual.trunk.state_dict()
-    assert 0 < len(trunk) < len(weights)
-    assert all(torch.equal(value, weights[key]) for key, value in trunk.items())
-
-
-def test_a_classifier_of_another_architecture_is_explained(
-    classifier: tuple[Path, dict[str, Tensor]], tmp_path: Path
-) -> None:
-    _, weights = classifier
-    other = timm.create_model(TEST, num_classes=3, embed_dim=16).state_dict()
-    save_file(other, tmp_path / "other.safetensors")
-    with pytest.raises(
-        CheckpointError, match=r"pos_embed is \(1, 16, 16\), expected \(1, 16, 32\)"
-    ):
-        load_image_trunk(make_objective().model, str(tmp_path / "other.safetensors"))
-    dense = {name: value for name, value in weights.items() if "blocks.1.mlp" not in name}
-    save_file(dense, tmp_path / "dense.safetensors")
-    with pytest.raises(CheckpointError, match=r"missing blocks\.1\.mlp\.phi"):
-        load_image_trunk(make_objective().model, str(tmp_path / "dense.safetensors"))
-    with pytest.raises(CheckpointError, match="does not exist"):
-        load_image_trunk(make_objective().model, str(tmp_path / "nowhere"))
-    (tmp_path / "empty" / "checkpoints").mkdir(parents=True)
-    with pytest.raises(CheckpointError, match="holds no complete checkpoint"):
-        load_image_trunk(make_objective().model, str(tmp_path / "empty"))
-
-
-def test_a_classifier_with_another_router_is_refused(
-    classifier: tuple[Path, dict[str, Tensor]], tmp_path: Path
-) -> None:
-    """Its weights would fit by name and shape."""
-    _, weights = classifier
-    save_file(weights, tmp_path / "model.safetensors")
-    described = {"architecture": TEST, "model_args": {"router": "soft_uniform"}}
-    (tmp_path / "config.json").write_text(json.dumps(described))
-    with pytest.raises(CheckpointError, match=r"model\.arguments \{'router': 'soft_uniform'\}"):
-        load_image_trunk(make_objective().model, str(tmp_path))
 
 
 ROUTED_TEXT = TextTowerConfig(

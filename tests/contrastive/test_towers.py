@@ -44,9 +44,8 @@ def make_objective(
 ) -> ContrastiveObjective:
     torch.manual_seed(0)
     image_config = ImageTowerConfig(TEST, init_from="loaded elsewhere", **image or {})
-    text_config = TextTowerConfig(
-        kind="hugging_face", folder=str(folder), context_length=6, **text or {}
-    )
+    chosen = {"kind": "hugging_face", "folder": str(folder), "context_length": 6} | (text or {})
+    text_config = TextTowerConfig(**chosen)
     config = ContrastiveConfig(embed_dim=8)
     description = model_config(image_config, text_config, config)
     model = build_dual_encoder(description)
@@ -78,6 +77,12 @@ class Batches:
 
 
 TRUNK, BERT = "visual.trunk.", "text.transformer."
+# open_clip's text tower, whose projection is a parameter among its others.
+CLIP: dict[str, Any] = {
+    "kind": "open_clip", "folder": "", "init_from": "loaded elsewhere", "width": 16, "heads": 2,
+    "layers": 2,
+}  # fmt: skip
+CLIP_BLOCK = "text.transformer.resblocks.1."
 # Settings of the image and the text tower, and how the names of trained parameters begin, besides
 # the projections and the logit scale.
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any], tuple[str, ...]]] = {
@@ -97,8 +102,20 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], tuple[str, ...]]] = {
             *(f"{BERT}encoder.layer.{n}.attention.output.LayerNorm" for n in (0, 1)),
         ),
     ),
-}
-ALWAYS = ("visual.head.", "text.proj.", "logit_scale")
+    "frozen text of open_clip": ({}, CLIP | {"frozen": True}, (TRUNK,)),
+    "last block of open_clip's text": (
+        {}, CLIP | {"trainable": 1}, (TRUNK, CLIP_BLOCK, "text.ln_final."),
+    ),
+    "patterns in open_clip's text": (
+        {"frozen": True},
+        CLIP | {"trainable": ["positional_embedding", r".*resblocks\.\d\.ln_\d\.bias"]},
+        (
+            "text.positional_embedding",
+            *(f"text.transformer.resblocks.{n}.ln_{m}.bias" for n in (0, 1) for m in (1, 2)),
+        ),
+    ),
+}  # fmt: skip
+ALWAYS = ("visual.head.", "text.proj.", "text.text_projection", "logit_scale")
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -111,7 +128,9 @@ def test_what_is_trained_and_what_is_not(
     model = objective.model
     names = [parameter for parameter, _ in model.named_parameters()]
     trained = {parameter for parameter in names if parameter.startswith((*starts, *ALWAYS))}
-    assert all(any(n.startswith(start) for n in trained) for start in (*starts, *ALWAYS))
+    missed = [start for start in starts if not any(n.startswith(start) for n in trained)]
+    assert not missed
+    assert len([n for n in trained if n.startswith(ALWAYS)]) == 3
     assert {n for n, p in model.named_parameters() if p.requires_grad} == trained
     before = {key: value.clone() for key, value in model.state_dict().items()}
     trainer = Trainer(
@@ -139,21 +158,24 @@ def test_modules_without_a_trained_parameter_stay_in_eval_mode(folder: Path, nam
         parameters = list(module.parameters())
         if parameters:
             assert module.training == any(p.requires_grad for p in parameters), path
-    layer = objective.model.text.transformer.encoder.layer[0]
-    quiet = name in ("frozen text", "last block of text")
-    assert layer.output.dropout.training != quiet
+    if text.get("kind") != "open_clip":
+        layer = objective.model.text.transformer.encoder.layer[0]
+        quiet = name in ("frozen text", "last block of text")
+        assert layer.output.dropout.training != quiet
 
 
-def test_a_frozen_tower_keeps_no_graph(folder: Path) -> None:
-    objective = make_objective(folder, {"frozen": True}, {"frozen": True})
+@pytest.mark.parametrize("text", [{}, CLIP])
+def test_a_frozen_tower_keeps_no_graph(folder: Path, text: dict[str, Any]) -> None:
+    """Of the towers, only what the projections need is kept: the features before them."""
+    objective = make_objective(folder, {"frozen": True}, text | {"frozen": True})
     model, batch = objective.model, make_batch()
     saved: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         features = model.visual.trunk(objective.normalize(batch["image"]))
-        hidden = model.text.transformer(input_ids=batch["text"]).last_hidden_state
-    assert not features.requires_grad
-    assert not hidden.requires_grad
-    assert saved == []
+        assert not features.requires_grad
+        assert saved == []
+        model.encode_text(batch["text"])
+    assert [tuple(tensor.shape) for tensor in saved] == [(4, 16)]  # the pooled features
 
 
 def test_a_trained_last_block_keeps_no_graph_below(folder: Path) -> None:

@@ -22,12 +22,12 @@ from transformers import (
 
 from encoders import variants
 from encoders.causal_soft_moe import CausalSoftMoE
+from encoders.clip_model import build_clip
+from encoders.hugging_face_text import hugging_face_text_config
 from encoders.lora import add_lora
 from encoders.text_towers import (
     ROUTED_BLOCKS,
-    build_clip,
     build_tokenizer,
-    hugging_face_text_config,
     open_clip_text_config,
     route_text_blocks,
 )

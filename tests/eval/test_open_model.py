@@ -10,7 +10,7 @@ import pytest
 
 from eval.open_model import CONFIG_FILE, WEIGHTS_FILE, open_model
 
-ROUTED: dict[str, Any] = {"model_cfg": {"text_cfg": {"causal_soft_moe": {}}}}
+ROUTED: dict[str, Any] = {"model_cfg": {"text_cfg": {"causal_soft_moe": {}}, "vision_cfg": {}}}
 
 
 @pytest.mark.parametrize(

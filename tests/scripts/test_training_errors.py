@@ -81,6 +81,28 @@ CONTRASTIVE_ERRORS = {
     "no weights": (["--image.init_from={shards}/nothing"], "does not exist"),
     "frozen noise": (["--image.frozen=true"], "image.frozen would keep random weights"),
     "frozen noise text": (["--text.frozen=true"], "text.frozen would keep random weights"),
+    "frozen without weights": (["--text.trainable=1"], "set text.init_from to an open_clip"),
+    "nothing to allow": (["--text.init_allow=[x]"], "text.init_allow allows differences to"),
+    "no text weights": (["--text.init_from=none"], "text.init_from 'none' does not exist"),
+    "folder of another kind": (["--text.folder=x"], "set text.kind to hugging_face"),
+    "pooling of another kind": (["--text.pooling=cls"], "set text.kind to hugging_face"),
+    "activation of another kind": (
+        ["--text.kind=hugging_face", "--text.quick_gelu=true"],
+        "text.quick_gelu needs text.kind open_clip",
+    ),
+    "classes of an encoder": (
+        ['--image.arguments={"num_classes": 3}'],
+        "image.arguments must not set num_classes",
+    ),
+    "weights as an argument": (
+        ['--image.arguments={"checkpoint_path": "x"}'],
+        "must not set checkpoint_path",
+    ),
+    "unknown argument": (
+        ['--image.arguments={"rooter": "soft"}'],
+        f"image.arguments do not suit {TEST}",
+    ),
+    "odd image size": (['--image.arguments={"img_size": [64, 32]}'], "must be a number of pixels"),
     "no such checkpoint": (["--resume={shards}"], "is no complete checkpoint"),
     "evaluation of nothing": (
         ['--evaluation=[{"shards": "{shards}/train-0.tar"}]'],
@@ -165,7 +187,9 @@ def test_a_run_leaves_its_settings_logs_and_one_checkpoint(finished: Path) -> No
         "config.yaml", "env.json", "metrics.jsonl", "checkpoints", "train.log",
     }  # fmt: skip
     assert [path.name for path in (finished / "checkpoints").iterdir()] == ["step_00000002"]
-    plan, done = (finished / "train.log").read_text().splitlines()
+    image, text, plan, done = (finished / "train.log").read_text().splitlines()
+    assert image.endswith("image tower: random weights")
+    assert text.endswith("text tower: random weights")
     assert "2 steps of 8 samples" in plan
     assert f"done: {finished}/checkpoints/step_00000002" in done
 
