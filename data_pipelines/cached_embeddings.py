@@ -25,7 +25,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from data_pipelines.config import ImageTextConfig
@@ -103,13 +103,14 @@ def write_embeddings(
     starts = torch.zeros(len(counts) + 1, dtype=torch.int64)
     starts[1:] = torch.tensor(counts, dtype=torch.int64).cumsum(0)
     partial = path.with_name(f".{path.name}.partial")
-    save_file(
+    data = save(
         {"embeddings": embeddings.contiguous().cpu(), "starts": starts},
-        partial,
         # In one entry: safetensors writes several in any order.
         {"record": json.dumps({"fingerprint": fingerprint, "skipped": skipped})},
     )
-    with open(partial, "rb") as file:
+    with open(partial, "wb") as file:  # safetensors' own files are closed to other users
+        file.write(data)
+        file.flush()
         os.fsync(file.fileno())
     os.replace(partial, path)
 

@@ -60,6 +60,7 @@ def train(config: ContrastiveRun) -> None:
     from encoders.text_towers import build_tokenizer
     from eval.image_text import ImageTextEvaluator
     from scripts.launch import Launch
+    from training.run_log import say
 
     launch = Launch(config)
     description = model_config(
@@ -89,6 +90,9 @@ def train(config: ContrastiveRun) -> None:
     evaluators = [
         ImageTextEvaluator(item, image_size, tokenizer, mean, std) for item in config.evaluation
     ]
+    for side in stream.cached if launch.accelerator.is_main_process else ():
+        without = "pictures are not decoded or cropped" if side == "image" else "no caption is read"
+        say(f"the frozen {side} tower does not run: cached embeddings are streamed, {without}")
     launch.fit(objective, stream, evaluators)
 
 

@@ -32,7 +32,7 @@ from scripts import cache_embeddings, train_contrastive
 from scripts.cli import parse_config
 from scripts.train_contrastive import ContrastiveRun
 from tests.conftest import write_shard
-from tests.scripts.test_evaluate import launch
+from tests.scripts.test_evaluate import free_port
 
 TEST = "soft_moe_vit_test_patch16_64"
 HALF = (0.5, 0.5, 0.5)
@@ -104,10 +104,15 @@ def settings(world: Path, *more: str, shards: str = "shards") -> list[str]:
     ]  # fmt: skip
 
 
+def cache_words(world: Path, out: Path, *more: str) -> list[str]:
+    """In batches that are smaller than a shard; both hold something to skip."""
+    return [*settings(world), f"--out={out}", "--rows=4", *more]
+
+
 @pytest.fixture(scope="module")
 def cached(world: Path) -> Path:
     os.environ["ACCELERATE_USE_CPU"] = "true"
-    cache_embeddings.main([*settings(world), f"--out={world}/cached"])
+    cache_embeddings.main(cache_words(world, world / "cached"))
     return world / "cached"
 
 
@@ -220,7 +225,7 @@ def test_the_command_trains_as_with_live_towers_and_resumes_exactly(
 def test_what_is_written_and_said(
     world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = [*settings(world, "--dtype=float16", "--rows=4"), f"--out={tmp_path}/new/folder"]
+    words = cache_words(world, tmp_path / "new" / "folder", "--dtype=float16")
     cache_embeddings.main(words)
     assert capsys.readouterr().out.splitlines() == [
         "frozen image tower: 3 of 3 shards to embed",
@@ -250,39 +255,39 @@ def test_what_is_written_and_said(
     assert half["image_embedding"].dtype == torch.float16
 
 
-KILLED = """
-import os, signal, sys
-from scripts.cache_embeddings import main
-names = 0
-def watch(event, arguments):
-    global names
-    if event == "os.rename" and ".safetensors" in str(arguments[1]):
-        names += 1
-        if names == 3:
-            os.kill(os.getpid(), signal.SIGKILL)
-sys.addaudithook(watch)
-main(sys.argv[1:])
-"""
-
-
 @pytest.mark.slow
-def test_killed_and_continued_by_two_processes(
-    world: Path, cached: Path, tmp_path: Path, run_python: Any
+def test_an_interrupted_command_is_continued_by_two_processes(
+    world: Path,
+    cached: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    run_python: Any,
 ) -> None:
-    words = [*settings(world), f"--out={tmp_path}/out"]
-    killed = run_python("-c", KILLED, *words)
-    assert killed.returncode == -9, killed.stderr
+    replace, words = os.replace, cache_words(world, tmp_path / "out")
+
+    def stop_at_the_third(source: Path, target: Path) -> None:
+        if target.name.startswith("2-"):
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", stop_at_the_third)
+        with pytest.raises(SystemExit):
+            cache_embeddings.main(words)
     done = {n: v for n, v in snapshot(tmp_path / "out").items() if not n.startswith(".")}
     assert len(done) == 2
-    result = run_python(*launch("--cpu"), "-m", "scripts.cache_embeddings", *words)
+    result = run_python(
+        "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}",
+        "-m", "scripts.cache_embeddings", *words, ACCELERATE_USE_CPU="true",
+    )  # fmt: skip
     assert result.returncode == 0, result.stderr[-3000:]
     assert "frozen image tower: 1 of 3 shards to embed" in result.stdout
-    assert "frozen text tower: 17 samples of 3 shards are embedded" in result.stdout
-    found, expected = snapshot(tmp_path / "out"), snapshot(cached)
-    assert done.items() <= found.items()
-    assert {name: data for name, (_, data) in found.items()} == {
-        name: data for name, (_, data) in expected.items()
-    }
+    assert result.stdout.count("frozen text tower: 17 samples of 3 shards are embedded") == 1
+    found = snapshot(tmp_path / "out")
+    assert done.items() <= found.items()  # written once
+    expected = {name: data for name, (_, data) in snapshot(cached).items()}
+    assert {name: data for name, (_, data) in found.items()} == expected
 
 
 def train_words(world: Path, cached: Path, tmp_path: Path, *more: str) -> list[str]:
@@ -346,7 +351,7 @@ def test_a_changed_tower_is_refused_until_it_is_embedded(
     match = re.search(rf"cached_{side} '.*/cached', its embeddings: (.*): build them with", line)
     assert match is not None, line
     assert re.fullmatch(rf"{changed} was [0-9a-f]{{16}}, is [0-9a-f]{{16}}", match[1])
-    cache_embeddings.main([*settings(copy), f"--out={copy}/cached"])
+    cache_embeddings.main(cache_words(copy, copy / "cached"))
     said = capsys.readouterr().out
     assert f"frozen {side} tower: 3 of 3 shards to embed" in said
     assert said.count("0 of 3 shards to embed") == 1  # the other tower has not changed
@@ -383,10 +388,10 @@ def test_damaged_and_mixed_files(
         assert "is damaged" in refusal(capsys, train_contrastive, words)
     save_file({"embeddings": torch.zeros(6, 3)}, path)
     assert "is damaged ('record')" in refusal(capsys, train_contrastive, words)
-    cache_embeddings.main([*settings(copy), f"--out={copy}/cached"])
+    cache_embeddings.main(cache_words(copy, copy / "cached"))
     assert path.read_bytes() == whole
     path.unlink()  # half of the files of another type
-    cache_embeddings.main([*settings(copy), f"--out={copy}/half", "--dtype=float16"])
+    cache_embeddings.main(cache_words(copy, copy / "half", "--dtype=float16"))
     shutil.copy(copy / "half" / path.name, path)
     line = refusal(capsys, train_contrastive, words)
     assert f"'{path.name}': dtype was float16, is float32" in line
@@ -399,7 +404,7 @@ def test_a_run_is_not_resumed_on_other_embeddings(
     words = train_words(copy, copy / "cached", tmp_path, "--train.steps=2")
     train_contrastive.main(words)
     save_trunk(copy / "trunk.safetensors", 2)
-    cache_embeddings.main([*settings(copy), f"--out={copy}/cached"])
+    cache_embeddings.main(cache_words(copy, copy / "cached"))
     line = refusal(capsys, train_contrastive, [*words, "--resume=auto", "--train.steps=4"])
     assert "on another stream: cached_image was" in line
 
@@ -425,7 +430,7 @@ def test_caching_refuses(
     message: str,
 ) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    line = refusal(capsys, cache_embeddings, [*settings(world), f"--out={tmp_path}/out", *more])
+    line = refusal(capsys, cache_embeddings, cache_words(world, tmp_path / "out", *more))
     assert re.search(message, line), line
     assert list(tmp_path.iterdir()) == []
 
@@ -437,7 +442,7 @@ def test_embeddings_that_are_not_finite_are_not_written(
     trunk = load_file(copy / "trunk.safetensors")
     trunk["norm.weight"] *= 1e6  # beyond float16
     save_file(trunk, copy / "trunk.safetensors")
-    words = [*settings(copy), f"--out={tmp_path}/out", "--towers=[image]"]
+    words = cache_words(copy, tmp_path / "out", "--towers=[image]")
     line = refusal(capsys, cache_embeddings, [*words, "--dtype=float16"])
     assert "not finite as torch.float16: choose --dtype float32" in line
     assert list((tmp_path / "out").iterdir()) == []
