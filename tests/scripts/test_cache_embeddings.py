@@ -261,7 +261,6 @@ def test_an_interrupted_command_is_continued_by_two_processes(
     cached: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
     run_python: Any,
 ) -> None:
     replace, words = os.replace, cache_words(world, tmp_path / "out")
