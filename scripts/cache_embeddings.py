@@ -97,6 +97,8 @@ def cache(config: CacheRun) -> None:
     if state.is_main_process:
         for plan in plans:
             print(_summary(plan, index, config.out))
+        for path in index.truncated:
+            print(f"warning: '{path}' ends early; its complete samples are used")
     if state.num_processes > 1:
         state.destroy_process_group()
 
