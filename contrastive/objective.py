@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
+from contrastive.cached_towers import encode
 from contrastive.config import ContrastiveConfig
 from contrastive.gather import check_equal_counts, gather_rows, rank, world_size
 from contrastive.grad_cache import Features, Head, cached_part_losses
@@ -32,10 +33,11 @@ class ContrastiveObjective(Objective):
     """CLIP or SigLIP loss of a dual encoder over the global batch.
 
     Batches hold `image` uint8 (b, 3, H, W), `text` int64 (b, L) and optionally `group` int64 (b,)
-    (see `contrastive.targets`). Every process contributes its own rows and sees everybody's
-    columns, so that gradients equal those of one process with the whole batch. In training the loss
-    includes the auxiliary losses of the routed layers of both towers. A batch that is split has the
-    gradient of the whole one (see `contrastive.grad_cache`).
+    (see `contrastive.targets`); a frozen tower's embeddings may take the place of what it would
+    read (see `contrastive.cached_towers`). Every process contributes its own rows and sees
+    everybody's columns, so that gradients equal those of one process with the whole batch. In
+    training the loss includes the auxiliary losses of the routed layers of both towers. A batch
+    that is split has the gradient of the whole one (see `contrastive.grad_cache`).
 
     Args:
         model: an open_clip dual encoder.
@@ -89,8 +91,8 @@ class ContrastiveObjective(Objective):
         # A pass for features alone is done again; the second one tells.
         watched = self.wants_details and (head is None or torch.is_grad_enabled())
         with self._monitor.watch(watched) as routing:
-            features = self.model(self.normalize(batch["image"]), batch["text"])
-        with torch.autocast(batch["image"].device.type, enabled=False):
+            features = encode(self.model, batch, self.normalize)
+        with torch.autocast(features["logit_scale"].device.type, enabled=False):
             for name in ("image_features", "text_features"):
                 features[name] = normalize_features(features[name])
             if head is None:

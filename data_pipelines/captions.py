@@ -71,11 +71,14 @@ def captions_of(value: object) -> list[str]:
     return captions
 
 
+def draw_number(count: int) -> int:
+    """A number below `count`, from torch's default generator; of one, no randomness is used."""
+    return int(torch.randint(count, ())) if count > 1 else 0
+
+
 def draw_caption(captions: list[str]) -> str:
-    """One of the captions, from torch's default generator."""
-    if len(captions) == 1:
-        return captions[0]
-    return captions[int(torch.randint(len(captions), ()))]
+    """One of the captions, by `draw_number`."""
+    return captions[draw_number(len(captions))]
 
 
 def integer_of(value: object) -> int:

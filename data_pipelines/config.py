@@ -69,6 +69,11 @@ class ImageTextConfig(StreamConfig):
     group_key: str | None = None
     """`json:field` (or an extension) whose equal values mark pairs that show the same thing, so
     that the losses do not treat them as negatives of each other; null leaves this off."""
+    cached_image: str | None = None
+    """Folder of embeddings from scripts.cache_embeddings, streamed in place of pictures; needs
+    image.frozen and no augmentation. The default crop does not count, and is not made."""
+    cached_text: str | None = None
+    """The same of a frozen text tower, in place of captions; needs text.frozen."""
     augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
 
 

@@ -3,24 +3,26 @@ evaluation counterpart."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from data_pipelines.cached_embeddings import CachedEmbeddings, Side
 from data_pipelines.captions import (
     captions_of,
     draw_caption,
+    draw_number,
     group_of,
     member_of,
     read_field,
 )
-from data_pipelines.config import ImageTextConfig
+from data_pipelines.config import AugmentationConfig, ImageTextConfig
 from data_pipelines.decode import DecodeError, decode_rgb
 from data_pipelines.shards import FieldError, ShardIndex, ShardReader, expand_shards, index_shards
 from data_pipelines.stream import SkipSample, Stream
-from data_pipelines.transforms import train_transform
+from data_pipelines.transforms import changes_at_random, train_transform
 
 Tokenize = Callable[[list[str]], Tensor]
 REMEMBERED_CAPTIONS = 65_536
@@ -39,31 +41,61 @@ def read_image(reader: ShardReader, sample: int, image_keys: list[str], max_pixe
 
 
 class ImageTextLoader:
-    """Loads one sample as {image uint8 (3, S, S), text int64 (L,), key, group int64 ()}."""
+    """Loads one sample as {image uint8 (3, S, S), text int64 (L,), key, group int64 ()}.
+
+    With `cached` embeddings of a side, `image_embedding` or `text_embedding` (d,) takes the place
+    of `image` or `text`; everything else, the caption that is drawn included, stays the same.
+    """
 
     def __init__(
-        self, index: ShardIndex, config: ImageTextConfig, image_size: int, tokenize: Tokenize
+        self,
+        index: ShardIndex,
+        config: ImageTextConfig,
+        image_size: int,
+        tokenize: Tokenize,
+        cached: Mapping[Side, CachedEmbeddings] | None = None,
     ) -> None:
         index.require("picture", config.image_keys)
         index.require("caption", [member_of(config.caption_key)])
         if config.group_key is not None:
             index.require("group", [member_of(config.group_key)])
         self.reader, self.config, self.tokenize = ShardReader(index), config, tokenize
+        self.cached = dict(cached or {})
         self.transform = train_transform(image_size, config.augmentation)
         self._tokens: dict[str, Tensor] = {}
 
     def __call__(self, sample: int) -> dict[str, Any]:
         config, reader = self.config, self.reader
         try:
-            caption = draw_caption(captions_of(read_field(reader, sample, config.caption_key)))
+            text = self._text(sample)
             fields: dict[str, Any] = {"key": str(reader.index.keys[sample])}
             if config.group_key is not None:
                 value = read_field(reader, sample, config.group_key)
                 fields["group"] = torch.tensor(group_of(value))
+            return fields | text | self._image(sample)
         except FieldError as error:
             raise SkipSample(str(error)) from error
-        image = read_image(reader, sample, config.image_keys, config.max_pixels)
-        return fields | {"text": self._tokenize(caption), "image": self.transform(image)}
+
+    def picture(self, sample: int) -> Tensor:
+        """The transformed picture, uint8 (3, S, S), or SkipSample."""
+        config = self.config
+        return self.transform(read_image(self.reader, sample, config.image_keys, config.max_pixels))
+
+    def captions(self, sample: int) -> list[str]:
+        """All captions, or FieldError."""
+        return captions_of(read_field(self.reader, sample, self.config.caption_key))
+
+    def _image(self, sample: int) -> dict[str, Tensor]:
+        if "image" not in self.cached:
+            return {"image": self.picture(sample)}
+        self.cached["image"].count(sample)
+        return {"image_embedding": self.cached["image"].row(sample)}
+
+    def _text(self, sample: int) -> dict[str, Tensor]:
+        if "text" not in self.cached:
+            return {"text": self._tokenize(draw_caption(self.captions(sample)))}
+        cached = self.cached["text"]
+        return {"text_embedding": cached.row(sample, draw_number(cached.count(sample)))}
 
     def _tokenize(self, caption: str) -> Tensor:
         """Tokens (L,) of a caption; small sets repeat theirs, and a byte-pair tokenizer takes as
@@ -90,12 +122,17 @@ def image_text_stream(
     """Open the shards of `config` as a contrastive training stream.
 
     Raises:
-        ShardError: missing, empty or unsuitable shards, or fewer samples than a batch.
+        ShardError: missing, empty or unsuitable shards or embeddings, or fewer samples than a
+            batch.
+        ValueError: augmentation beside cached embeddings of pictures.
     """
+    if config.cached_image is not None:
+        refuse_augmentation(config.augmentation)
     index = index_shards(expand_shards(config.shards))
+    cached = open_caches(config, index)
     return Stream(
         index,
-        ImageTextLoader(index, config, image_size, tokenize),
+        ImageTextLoader(index, config, image_size, tokenize, cached),
         seed=seed,
         shuffle=config.shuffle,
         window=config.shuffle_window,
@@ -103,4 +140,30 @@ def image_text_stream(
         rank=rank,
         world=world,
         workers=workers,
+        cached=cached,
     )
+
+
+def open_caches(config: ImageTextConfig, index: ShardIndex) -> dict[Side, CachedEmbeddings]:
+    """The embeddings that `config` names, by side."""
+    folders: dict[Side, str | None] = {"image": config.cached_image, "text": config.cached_text}
+    return {
+        side: CachedEmbeddings(folder, side, index)
+        for side, folder in folders.items()
+        if folder is not None
+    }
+
+
+def refuse_augmentation(config: AugmentationConfig) -> None:
+    """Raise ValueError for settings that embeddings of whole pictures cannot follow.
+
+    The default crop passes, or every preset would have to turn it off.
+    """
+    default = tuple(config.crop_scale) == AugmentationConfig().crop_scale
+    names = [name for name in changes_at_random(config) if name != "crop_scale" or not default]
+    if names:
+        raise ValueError(
+            "cached embeddings are of whole pictures, which data.augmentation"
+            f" ({', '.join(names)}) would change: turn it off (crop_scale [1, 1], the rest 0), or"
+            " do without data.cached_image"
+        )

@@ -12,13 +12,14 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from data_pipelines.cached_embeddings import CachedEmbeddings, Side
 from data_pipelines.shards import ShardError, ShardIndex
 
 Batch = dict[str, Any]
@@ -157,6 +158,7 @@ class Stream:
         global_batch: samples per step over all processes.
         rank, world: this process and how many there are.
         workers: loader processes; 0 decodes in the training process.
+        cached: embeddings that are streamed in place of what a tower would read, by side.
 
     Raises:
         ShardError: the batch is larger than the data set.
@@ -175,6 +177,7 @@ class Stream:
         rank: int,
         world: int,
         workers: int,
+        cached: Mapping[Side, CachedEmbeddings] | None = None,
     ) -> None:
         if global_batch % world:
             raise ValueError(
@@ -188,6 +191,7 @@ class Stream:
             )
         self.index, self.global_batch = index, global_batch
         self.rank, self.world, self.workers = rank, world, workers
+        self.cached = dict(cached or {})
         self.dataset = StreamDataset(SampleOrder(index.sizes, seed, shuffle, window), load, seed)
 
     def __len__(self) -> int:
@@ -203,6 +207,7 @@ class Stream:
             "seed": order.seed,
             "shuffle": order.shuffle,
             "shuffle_window": order.window,
+            **{f"cached_{side}": cache.digest() for side, cache in self.cached.items()},
         }
 
     def batches(self, start_step: int = 0) -> Iterator[Batch]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import fields
 
 import numpy as np
 import torch
@@ -28,6 +29,14 @@ _LARGEST = {
     "grayscale": 1.0,
 }
 _LARGEST_OF_RANGE = {"crop_scale": 1.0, "crop_ratio": math.inf, "zoom": math.inf}
+
+
+def changes_at_random(config: AugmentationConfig) -> list[str]:
+    """Names of the settings that make `train_transform` more than a resize."""
+    off = AugmentationConfig(crop_scale=(1.0, 1.0))
+    alone = ("crop_ratio", "background")  # without effect on their own
+    names = [item.name for item in fields(config) if item.name not in alone]
+    return [name for name in names if np.not_equal(getattr(config, name), getattr(off, name)).any()]
 
 
 def train_transform(image_size: int, config: AugmentationConfig) -> nn.Module:

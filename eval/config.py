@@ -24,6 +24,9 @@ class EvaluationSetConfig:
     """Member that holds the label, or `json:field`."""
     templates: list[str] = field(default_factory=lambda: ["{}"])
     """Prompt templates with one placeholder, or one name of a file with a template per line."""
+    class_prompts: str = ""
+    """JSON file {class name: [prompt, ...]} with each class's own prompts, in place of templates
+    (CuPL's layout)."""
     canonicalize: bool = False
     """Lower-case prompts and strip punctuation, as big_vision does."""
     caption_key: str | None = None

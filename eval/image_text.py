@@ -15,7 +15,12 @@ from data_pipelines.evaluation import EvaluationSet
 from encoders.pixels import Normalize
 from eval.config import EvaluationSetConfig
 from eval.gather import gather_counts, gather_variable, process
-from eval.prompts import class_prompts, read_classnames, read_templates
+from eval.prompts import (
+    class_prompts,
+    read_class_prompts,
+    read_classnames,
+    read_templates,
+)
 from eval.retrieval import retrieval_metrics
 from eval.zero_shot import class_vectors, zero_shot_metrics
 
@@ -84,8 +89,11 @@ class ImageTextEvaluator:
         self.classnames: list[str] = []
         if config.classnames:
             self.classnames = read_classnames(config.classnames)
-            self.prompts = class_prompts(
-                self.classnames, _templates(config), canonicalize=config.canonicalize
+            self.prompts = _prompts(config, self.classnames)
+        elif config.class_prompts:
+            raise ValueError(
+                f"class_prompts '{config.class_prompts}' needs classnames, the file that orders"
+                " the labels"
             )
         self.dataset = EvaluationSet(
             config.shards,
@@ -170,10 +178,17 @@ class ImageTextEvaluator:
         )
 
 
-def _templates(config: EvaluationSetConfig) -> list[str]:
-    if len(config.templates) == 1 and Path(config.templates[0]).is_file():
-        return read_templates(config.templates[0])
-    return list(config.templates)
+def _prompts(config: EvaluationSetConfig, classnames: list[str]) -> list[list[str]]:
+    templates = config.templates
+    if config.class_prompts:
+        if templates != EvaluationSetConfig().templates:
+            raise ValueError(
+                f"evaluation set '{config.shards}' has both templates and class_prompts: set one"
+            )
+        return read_class_prompts(config.class_prompts, classnames, config.canonicalize)
+    if len(templates) == 1 and Path(templates[0]).is_file():
+        templates = read_templates(templates[0])
+    return class_prompts(classnames, templates, config.canonicalize)
 
 
 def _rows(parts: list[Tensor]) -> Tensor:

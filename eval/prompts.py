@@ -1,11 +1,13 @@
-"""Class names and templates become the prompts of zero-shot classification."""
+"""Class names become the prompts of zero-shot classification, by templates or from a file."""
 
 from __future__ import annotations
 
+import json
 import string
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from data_pipelines.classification import read_lines
 
@@ -52,6 +54,76 @@ def read_templates(path: str | Path) -> list[str]:
     """
     lines = read_lines(path)
     return [_one_placeholder(line, f"{path}, line {i}") for i, line in enumerate(lines, start=1)]
+
+
+def read_class_prompts(
+    path: str | Path, classnames: Sequence[str], canonicalize: bool = False
+) -> list[list[str]]:
+    """Read every class's own prompts from a JSON file, `{class name: [prompt, ...]}`.
+
+    This is the layout of the files published with CuPL (Pratt et al., 2023, arXiv 2209.03320).
+
+    Args:
+        path: UTF-8 file; its order does not matter, and classes may differ in prompts.
+        classnames: C names, in label order; the file names these and no others.
+        canonicalize: Pass the prompts through `canonicalize_text`.
+
+    Returns:
+        C lists of prompts.
+
+    Raises:
+        ValueError: the file is missing or laid out otherwise, a class is missing, unknown or there
+            twice, or a class has no prompts or an empty one.
+    """
+    found = _read_prompt_file(path)
+    missing = [name for name in classnames if name not in found]
+    if missing:
+        raise ValueError(f"'{path}' has no prompts for {_some(missing)}: add them")
+    known = set(classnames)
+    unknown = [name for name in found if name not in known]
+    if unknown:
+        raise ValueError(
+            f"'{path}' has prompts for {_some(unknown)}, not among the {len(known)} classnames:"
+            " remove them, or name the file that belongs to classnames"
+        )
+    prompts = []
+    for name in classnames:
+        texts = found[name]
+        if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+            raise ValueError(f"'{path}', class '{name}': its prompts must be a list of strings")
+        texts = [canonicalize_text(text) if canonicalize else text.strip() for text in texts]
+        if not texts or "" in texts:
+            what = "an empty prompt" if texts else "no prompt"
+            raise ValueError(f"'{path}', class '{name}' has {what}: write at least one, none empty")
+        prompts.append(texts)
+    return prompts
+
+
+def _read_prompt_file(path: str | Path) -> dict[str, Any]:
+    layout = 'it should hold {"class name": ["prompt", ...], ...}'
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:  # of two, json keeps the last
+        twice = [name for name, count in Counter(name for name, _ in pairs).items() if count > 1]
+        if twice:
+            raise ValueError(f"{_some(twice)} twice")
+        return dict(pairs)
+
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+        found = json.loads(text, object_pairs_hook=unique)
+    except (FileNotFoundError, IsADirectoryError) as error:
+        raise ValueError(f"class_prompts '{path}' is not a file: {layout}") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"'{path}' cannot be read ({error}): {layout}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"'{path}' holds no JSON object: {layout}")
+    return found
+
+
+def _some(names: Sequence[str]) -> str:
+    """The first of `names`, and how many more there are."""
+    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+    return f"'{names[0]}'{more}"
 
 
 def class_prompts(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from eval.config import EvaluationSetConfig
 from eval.image_text import ImageTextEvaluator
 from eval.open_model import OpenedModel
 
@@ -56,11 +58,19 @@ def make_records(
         if task == "zeroshot_classification":
             record |= {
                 "n_classes": len(evaluator.prompts),
-                "templates": evaluator.config.templates,
+                **_prompt_source(evaluator.config),
                 "canonicalize": evaluator.config.canonicalize,
             }
         records.append(record)
     return records
+
+
+def _prompt_source(config: EvaluationSetConfig) -> dict[str, Any]:
+    """The templates, or the name of the file of prompts and a hash of its content."""
+    if not config.class_prompts:
+        return {"templates": config.templates}
+    digest = hashlib.sha256(Path(config.class_prompts).read_bytes()).hexdigest()
+    return {"class_prompts": config.class_prompts, "class_prompts_sha256": digest}
 
 
 def write_records(records: list[dict[str, Any]], path: str) -> None:

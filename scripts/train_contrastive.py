@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from contrastive.config import ContrastiveConfig, ImageTowerConfig, TextTowerConfig
 from data_pipelines.config import ImageTextConfig
@@ -47,6 +48,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def train(config: ContrastiveRun) -> None:
+    from contrastive.cached_towers import refuse_trained
     from contrastive.dual_encoder import build_dual_encoder, frozen_parts, model_config
     from contrastive.initial_weights import initialise_towers
     from contrastive.objective import ContrastiveObjective
@@ -55,11 +57,14 @@ def train(config: ContrastiveRun) -> None:
     from encoders.text_towers import build_tokenizer
     from eval.image_text import ImageTextEvaluator
     from scripts.launch import Launch
+    from training.run_log import say
 
     launch = Launch(config)
     description = model_config(
         config.image, config.text, config.contrastive, config.train.batch_size
     )
+    cached_image, cached_text = config.data.cached_image, config.data.cached_text
+    refuse_trained(config.image, config.text, cached_image is not None, cached_text is not None)
     image_size = description["vision_cfg"]["image_size"]
     tokenizer = build_tokenizer(description["text_cfg"])
     stream = image_text_stream(
@@ -71,8 +76,10 @@ def train(config: ContrastiveRun) -> None:
     launch.seed_models()
     model = build_dual_encoder(description)
     notes = []
-    if launch.resume is None:
+    if launch.resume is None:  # a checkpoint has the weights, and the fingerprints with its stream
         notes = initialise_towers(model, config.image, config.text, description)
+        for side, embeddings in stream.cached.items():
+            embeddings.check(cache_fingerprint(config, model, description, side))
     settings = model.visual.trunk.pretrained_cfg
     mean, std = tuple(settings["mean"]), tuple(settings["std"])
     frozen = frozen_parts(model, config.image, config.text)
@@ -85,7 +92,29 @@ def train(config: ContrastiveRun) -> None:
     evaluators = [
         ImageTextEvaluator(item, image_size, tokenizer, mean, std) for item in config.evaluation
     ]
+    for side in stream.cached if launch.accelerator.is_main_process else ():
+        without = "pictures are not decoded or cropped" if side == "image" else "no caption is read"
+        say(f"the frozen {side} tower does not run: cached embeddings are streamed, {without}")
     launch.fit(objective, stream, evaluators, notes)
+
+
+def cache_fingerprint(
+    config: ContrastiveRun, model: Any, description: dict[str, Any], side: Literal["image", "text"]
+) -> dict[str, str]:
+    """What the embeddings of a frozen tower depend on in this run, besides the shards.
+
+    Args:
+        model: the dual encoder with the weights of the run.
+        description: its `model_config`.
+    """
+    from contrastive.cached_towers import tower_fingerprint
+    from data_pipelines.cached_embeddings import source_fingerprint
+
+    return {
+        **tower_fingerprint(model, description, side),
+        **source_fingerprint(config.data, side),
+        "precision": config.train.precision,
+    }
 
 
 if __name__ == "__main__":

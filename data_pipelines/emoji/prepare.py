@@ -10,8 +10,9 @@
 
 15 more concepts are in no split: siblings of the 150 that would give them away.
 
-Each split is a folder with `<style>.tar`, `classnames.txt` (line i names concept label i) and
-`subcategories.txt` (line i names subcategory label i, the same list in every split). A sample is
+Each split is a folder with `<style>.tar`, `classnames.txt` (line i names concept label i),
+`class_prompts.json` (the caption lines of every concept, by name) and `subcategories.txt` (line i
+names subcategory label i, the same list in every split). A sample is
 
 - `.webp`: 64x64 RGB on white;
 - `.txt`: captions, one per line, the plain name first;
@@ -139,6 +140,9 @@ def _layout() -> tuple[dict[str, bytes], Summary]:
     everything = [picture for style in STYLES for picture in pictures[style]]
     # noto draws every concept in the order of the Unicode list, so labels follow that order.
     names = {p.record["concept"]: p.record["name"] for p in everything}
+    # The captions of a concept are the same in every style, so they are also known where a split
+    # lacks its picture.
+    captions = {p.record["concept"]: p.captions.decode().splitlines() for p in everything}
     subcategories = {s: i for i, s in enumerate(dict.fromkeys(_subcategory(p) for p in everything))}
 
     choice = json.loads((SOURCE / "unseen_concepts.json").read_bytes())
@@ -157,6 +161,8 @@ def _layout() -> tuple[dict[str, bytes], Summary]:
                 files[f"{split}/{style}.tar"] = _shard(kept, labels, subcategories)
                 count += len(kept)
             files[f"{split}/classnames.txt"] = _lines([names[c] for c in concepts])
+            prompts = {names[c]: list(dict.fromkeys(captions[c])) for c in concepts}
+            files[f"{split}/class_prompts.json"] = _json(prompts)
             files[f"{split}/subcategories.txt"] = _lines(list(subcategories))
             summary[split] = {"pictures": count, "concepts": len(concepts)}
     files |= {name: (SOURCE / name).read_bytes() for name in NOTICES}
@@ -209,6 +215,10 @@ def _subcategory(picture: Picture) -> str:
 
 def _lines(texts: Sequence[str]) -> bytes:
     return ("\n".join(texts) + "\n").encode()
+
+
+def _json(value: object) -> bytes:
+    return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()
 
 
 def _sha256(path: Path) -> str:

@@ -108,6 +108,21 @@ def test_labels_name_the_right_lines(
             assert parts["txt"].decode().splitlines()[0] == record["name"]
 
 
+def test_class_prompts_are_the_captions(
+    prepared: Path, samples: dict[str, dict[str, dict[str, bytes]]]
+) -> None:
+    for split, group in samples.items():
+        names = (prepared / split / "classnames.txt").read_text(encoding="utf-8").splitlines()
+        prompts = json.loads((prepared / split / "class_prompts.json").read_bytes())
+        assert list(prompts) == names
+        for parts in group.values():
+            lines = parts["txt"].decode().splitlines()
+            assert prompts[names[int(parts["cls"])]] == list(dict.fromkeys(lines))
+        for name, texts in prompts.items():  # also of concepts that this split has no picture of
+            assert texts[0] == name
+            assert all(text.startswith(f"{name}, ") for text in texts[1:])
+
+
 def test_pictures_decode(samples: dict[str, dict[str, dict[str, bytes]]]) -> None:
     for group in samples.values():
         for parts in list(group.values())[::97]:
@@ -165,7 +180,7 @@ def test_damage_is_repaired(tmp_path: Path) -> None:
     out = tmp_path / "out"
     emoji.prepare(out)
     good = contents(out)
-    assert len(good) == 24
+    assert len(good) == 29
     for name in ("train/noto.tar", "test/classnames.txt", "LICENSES/MIT.txt", emoji.MANIFEST):
         path = out / name
         path.write_bytes(b"?" + good[name][1:])

@@ -8,7 +8,13 @@ from typing import Any, Literal
 
 import pytest
 
-from eval.prompts import canonicalize_text, class_prompts, read_classnames, read_templates
+from eval.prompts import (
+    canonicalize_text,
+    class_prompts,
+    read_class_prompts,
+    read_classnames,
+    read_templates,
+)
 
 GOLDEN = json.loads(
     (Path(__file__).parents[1] / "golden" / "text_canonicalisation.json").read_text("utf-8")
@@ -114,3 +120,44 @@ def test_an_empty_line_would_shift_labels(tmp_path: Path) -> None:
     path.write_text("\n", encoding="utf-8")
     with pytest.raises(ValueError, match=r"classes\.txt' is empty"):
         read_classnames(path)
+
+
+def write_json(path: Path, value: Any) -> Path:
+    path.write_text(value if isinstance(value, str) else json.dumps(value), encoding="utf-8")
+    return path
+
+
+def test_class_prompts_come_in_label_order(tmp_path: Path) -> None:
+    path = write_json(tmp_path / "prompts.json", {"dog": ["A Dog_face."], "cat": ["a", "b", "a "]})
+    assert read_class_prompts(path, ["cat", "dog"]) == [["a", "b", "a"], ["A Dog_face."]]
+    assert read_class_prompts(path, ["cat", "dog", "cat"])[2] == ["a", "b", "a"]
+    assert read_class_prompts(path, ["dog", "cat"], canonicalize=True)[0] == ["a dog face"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"cat": ["a"]}, r"no prompts for 'dog' and 1 more: add"),
+        ({"cat": ["a"], "dog": ["b"], "owl": ["c"], "Cat": ["d"]}, r"for 'Cat', not among the 3"),
+        ({"cat": ["a"], "dog": [], "owl": ["c"]}, "class 'dog' has no prompt"),
+        ({"cat": ["a"], "dog": ["b", " "], "owl": ["c"]}, "class 'dog' has an empty prompt"),
+        ({"cat": ["a"], "dog": "b", "owl": ["c"]}, "class 'dog': .* list of strings"),
+        ({"cat": ["a"], "dog": [1], "owl": ["c"]}, "class 'dog': .* list of strings"),
+        ('{"cat": ["a"], "dog": ["b"], "owl": ["c"], "dog": ["d"]}', r"'dog' twice\): it should"),
+        ([["a"], ["b"], ["c"]], r"no JSON object: it should hold \{"),
+        ("cat: a", r"cannot be read \(Expecting"),
+        ("[" * 100_000, "cannot be read"),
+    ],
+)
+def test_unusable_class_prompts(content: Any, message: str, tmp_path: Path) -> None:
+    path = write_json(tmp_path / "prompts.json", content)
+    with pytest.raises(ValueError, match=message):
+        read_class_prompts(path, ["cat", "dog", "owl"])
+
+
+def test_unreadable_class_prompts(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="is not a file: it should hold"):
+        read_class_prompts(tmp_path / "prompts.json", ["cat"])
+    (tmp_path / "latin.json").write_bytes('{"café": ["a"]}'.encode("latin-1"))
+    with pytest.raises(ValueError, match=r"cannot be read .*utf-8"):
+        read_class_prompts(tmp_path / "latin.json", ["cat"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,35 @@ def test_a_wrong_classnames_file_is_an_error(
     own = own_set(shards, classnames=str(tmp_path / "few.txt"))
     line = refusal(capsys, arguments(checkpoint, own))
     assert "has label 3, but there are 3 classes: wrong classnames file or label_key?" in line
+
+
+def test_class_prompts_take_the_place_of_templates(
+    on_the_cpu: None,
+    capsys: pytest.CaptureFixture[str],
+    checkpoint: Path,
+    shards: Path,
+    tmp_path: Path,
+) -> None:
+    templates = ["a {} square", "{}"]
+    names = (shards / "classnames.txt").read_text().split()
+    same = {name: [text.replace("{}", name) for text in templates] for name in reversed(names)}
+    prompts, output = tmp_path / "prompts.json", tmp_path / "records.json"
+    prompts.write_text(json.dumps(same))
+    sets = [
+        own_set(shards, templates=templates, caption_key=None),
+        own_set(shards, class_prompts=str(prompts), caption_key=None),
+    ]
+    evaluate.main(arguments(checkpoint, *sets, output=output))
+    by_template, by_prompt = json.loads(output.read_text())
+    assert by_prompt["metrics"] == by_template["metrics"]
+    assert by_prompt["class_prompts_sha256"] == sha256(prompts.read_bytes()).hexdigest()
+    assert "templates" not in by_prompt
+    sets[1]["templates"] = templates
+    assert "both templates and class_prompts: set one" in refusal(
+        capsys, arguments(checkpoint, sets[1])
+    )
+    own = own_set(shards, class_prompts=str(prompts), classnames="")
+    assert "needs classnames" in refusal(capsys, arguments(checkpoint, own))
 
 
 def test_the_models_own_resize_counts_where_no_set_chooses(

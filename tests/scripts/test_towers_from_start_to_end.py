@@ -14,7 +14,6 @@ import torch
 from huggingface_hub import constants
 from transformers import BertConfig, BertModel, BertTokenizerFast
 
-import encoders.variants  # noqa: F401  (registers the image towers)
 from eval.image_tower import open_image_tower
 from eval.open_model import open_model
 from scripts import evaluate, inspect_model, pretrain, train_contrastive

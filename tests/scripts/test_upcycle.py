@@ -12,7 +12,8 @@ import torch
 from timm.models import save_for_hf
 
 from contrastive.config import ContrastiveConfig, ImageTowerConfig, TextTowerConfig
-from contrastive.dual_encoder import build_dual_encoder, load_image_trunk, model_config
+from contrastive.dual_encoder import build_dual_encoder, model_config
+from contrastive.initial_weights import initialise_towers
 from encoders.upcycle import upcycle
 from eval.image_tower import open_image_tower
 from scripts.upcycle import main
@@ -62,8 +63,10 @@ def test_the_result_opens_in_timm_and_in_a_dual_encoder(
     assert open_image_tower(str(out)).name == SOFT
 
     text = TextTowerConfig(width=16, heads=2, layers=1, context_length=8)
-    model = build_dual_encoder(model_config(ImageTowerConfig(SOFT), text, ContrastiveConfig()))
-    load_image_trunk(model, str(out))
+    image = ImageTowerConfig(SOFT, init_from=str(out))
+    description = model_config(image, text, ContrastiveConfig())
+    model = build_dual_encoder(description)
+    initialise_towers(model, image, text, description)
     assert torch.equal(model.visual.trunk.norm.weight, dense.norm.weight)
 
 
