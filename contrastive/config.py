@@ -16,6 +16,8 @@ class ImageTowerConfig:
     """Further arguments of the model, as model.arguments of pretraining, such as {router:
     tokens_choice, num_experts: 32, img_size: 64}. With any, open_clip 3.3 cannot open the run; our
     commands can."""
+    projection: Literal["linear", "mlp"] = "linear"
+    """Head on the model: a linear map, or two with a GELU between."""
     init_from: str | None = None
     """Initial weights: a run directory or a checkpoint of either training command, a safetensors
     file, a timm or open_clip folder, or hf-hub:owner/name (docs/towers.md)."""
@@ -36,9 +38,11 @@ class ImageTowerConfig:
 
 @dataclass
 class TextTowerConfig:
-    """The text tower: open_clip's transformer, or a Hugging Face model."""
+    """The text tower: open_clip's transformer, a Hugging Face model, or a bag of words."""
 
-    kind: Literal["open_clip", "hugging_face"] = "open_clip"
+    kind: Literal["open_clip", "hugging_face", "bag_of_words"] = "open_clip"
+    """A bag of words (the mean of word embeddings) has no heads, layers or order; for a few
+    thousand short captions. Stock open_clip cannot open it; our commands can."""
     width: int = 512
     heads: int = 8
     layers: int = 12

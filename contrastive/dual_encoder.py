@@ -11,7 +11,7 @@ from contrastive.config import ContrastiveConfig, ImageTowerConfig, TextTowerCon
 from contrastive.trainable import parts_to_freeze, untrained_parts
 from encoders.clip_model import build_clip, vision_config
 from encoders.hugging_face_text import hugging_face_text_config
-from encoders.text_towers import open_clip_text_config, route_text_blocks
+from encoders.text_towers import bag_of_words_config, open_clip_text_config, route_text_blocks
 
 
 def model_config(
@@ -37,6 +37,7 @@ def model_config(
             image.arguments,
             image.drop_path,
             image.patch_dropout,
+            image.projection,
             setting="image.arguments",
         ),
         "text_cfg": _text_config(text),
@@ -48,15 +49,10 @@ def model_config(
 
 
 def _text_config(text: TextTowerConfig) -> dict[str, Any]:
+    for name in ("moe_blocks", "quick_gelu"):
+        if text.kind != "open_clip" and getattr(text, name):
+            raise ValueError(f"text.{name} needs text.kind open_clip: leave it out, or change kind")
     if text.kind == "hugging_face":
-        if text.moe_blocks:
-            raise ValueError(
-                "text.moe_blocks needs text.kind open_clip: set it to 0, or change kind"
-            )
-        if text.quick_gelu:
-            raise ValueError(
-                "text.quick_gelu needs text.kind open_clip: leave it out, or change kind"
-            )
         return hugging_face_text_config(
             text.folder,
             text.context_length,
@@ -69,6 +65,8 @@ def _text_config(text: TextTowerConfig) -> dict[str, Any]:
             "text.folder, text.pooling and text.projection are of Hugging Face models: set"
             " text.kind to hugging_face, or leave them out"
         )
+    if text.kind == "bag_of_words":
+        return bag_of_words_config(text.width, text.context_length)
     return route_text_blocks(
         open_clip_text_config(text.width, text.heads, text.layers, text.context_length),
         text.moe_blocks,
@@ -153,7 +151,7 @@ def frozen_parts(
         parts += (model.visual.trunk,)
     elif image.trainable is not None:
         parts += parts_to_freeze(model.visual.trunk, image.trainable, "image.trainable")
-    whole = text.kind == "open_clip"  # whose projection is a parameter among those of the tower
+    whole = text.kind != "hugging_face"  # whose projection is a parameter among those of the tower
     tower = model.text if whole else model.text.transformer
     projection = {"text_projection"} if whole else set()
     if text.frozen:

@@ -33,6 +33,7 @@ NOT_COMPARED = {
 }  # fmt: skip
 # Settings by what they are called in a text config; towers differ in nothing else.
 SETTINGS = {
+    "bag_of_words": "text.kind",
     "causal_soft_moe": "text.moe_blocks and its sizes",
     "heads": "text.heads",
     "hf_pooler_type": "text.pooling",

@@ -1,25 +1,27 @@
 """Dual encoders from their description, as open_clip's factory builds them, and those it cannot.
 
-A description is the `model_cfg` of an `open_clip_config.json`. Three things in it are beyond
-open_clip 3.3, which refuses them: Soft MoE in its text transformer, arguments of the timm image
-model, and pooling a Hugging Face model by its last token.
+A description is the `model_cfg` of an `open_clip_config.json`. Four things in it are beyond
+open_clip 3.3, which refuses them: Soft MoE in its text transformer, a bag of words in its place,
+arguments of the timm image model, and pooling a Hugging Face model by its last token.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from open_clip.model import CustomTextCLIP
 from open_clip.timm_model import TimmModel
 from open_clip.transformer import ResidualAttentionBlock
+from timm.layers import Mlp
 from torch import nn
 
+from encoders.bag_of_words import BagOfWords
 from encoders.causal_soft_moe import CausalSoftMoE
 from encoders.hugging_face_text import LAST_TOKEN, POOLERS, LastTokenPooler, text_model_folder
-from encoders.text_towers import ROUTED_BLOCKS
+from encoders.text_towers import BAG_OF_WORDS, ROUTED_BLOCKS
 from encoders.variants import create_encoder, input_size
 
 # The name that open_clip has given them after release 3.3.
@@ -28,6 +30,8 @@ ARGUMENTS = "timm_model_kwargs"
 DESCRIBED = ("drop_path_rate", "global_pool", "num_classes", "patch_drop_rate")
 # What open_clip builds where our own tower goes, as small as can be.
 PLACEHOLDER = {"layers": 1, "width": 64, "patch_size": 32, "image_size": 32}
+SMALLEST_TEXT = {"layers": 1, "width": 8, "heads": 1}
+BAG_SIZES = ("vocab_size", "width", "context_length")
 
 
 def vision_config(
@@ -35,15 +39,17 @@ def vision_config(
     arguments: Mapping[str, Any],
     drop_path: float = 0.0,
     patch_dropout: float = 0.0,
+    projection: Literal["linear", "mlp"] = "linear",
     setting: str = "arguments",
 ) -> dict[str, Any]:
-    """`vision_cfg` of a timm model with a linear projection.
+    """`vision_cfg` of a timm model with a projection.
 
     Args:
         name: of the timm model.
         arguments: of its constructor; with any, open_clip 3.3 cannot open the model.
         drop_path: stochastic depth rate of the last block.
         patch_dropout: share of patches dropped in training.
+        projection: a linear map to the joint space, or two with a GELU between.
         setting: what messages call `arguments`.
 
     Raises:
@@ -56,7 +62,7 @@ def vision_config(
         "timm_model_name": name,
         "timm_model_pretrained": False,
         "timm_pool": "avg",
-        "timm_proj": "linear",
+        "timm_proj": projection,
         "image_size": input_size(name, arguments),
     }
     if drop_path:
@@ -73,6 +79,7 @@ def opens_in_open_clip(model_config: Mapping[str, Any]) -> bool:
     text = model_config["text_cfg"]
     return not (
         ROUTED_BLOCKS in text
+        or BAG_OF_WORDS in text
         or text.get("hf_pooler_type") == LAST_TOKEN
         or ARGUMENTS in model_config["vision_cfg"]
     )
@@ -100,10 +107,16 @@ def build_clip(model_config: Mapping[str, Any], output_dict: bool = False) -> Cu
         text["hf_pooler_type"] = POOLERS["mean"]
     if "hf_model_name" in text:  # open_clip would ask the hub again
         text["hf_model_name"] = str(text_model_folder(text["hf_model_name"]))
+    words = text.pop(BAG_OF_WORDS, False)
+    if words:
+        text |= SMALLEST_TEXT
     changes: Any = {"text_cfg": text, "vision_cfg": PLACEHOLDER if ARGUMENTS in vision else vision}
     model: Any = CustomTextCLIP(**config | changes, output_dict=output_dict)
     if ARGUMENTS in vision:
         model.visual = TimmTower(config["embed_dim"], vision)
+    if words:
+        sizes = {name: config["text_cfg"][name] for name in BAG_SIZES}
+        model.text = BagOfWords(embed_dim=config["embed_dim"], **sizes)
     if routed is not None:
         options = {name: value for name, value in routed.items() if name != "blocks"}
         layers: Any = model.text.transformer.resblocks
@@ -135,8 +148,11 @@ class TimmTower(TimmModel):
         )
         self.trunk.reset_classifier(0, global_pool=config["timm_pool"])
         width = getattr(self.trunk, "head_hidden_size", self.trunk.num_features)
-        projection: nn.Module = nn.Linear(width, embed_dim, bias=False)
-        self.head = nn.Sequential(OrderedDict({"proj": projection}))
+        name, projection = config["timm_proj"], nn.Linear(width, embed_dim, bias=False)
+        head: dict[str, nn.Module] = {"proj": projection}
+        if name == "mlp":
+            head = {"mlp": Mlp(width, 2 * embed_dim, embed_dim, bias=(True, False))}
+        self.head = nn.Sequential(OrderedDict(head))
 
 
 class RoutedTextBlock(ResidualAttentionBlock):

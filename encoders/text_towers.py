@@ -1,8 +1,9 @@
 """Descriptions of text towers for open_clip's model factory, and their tokenizers.
 
-Two kinds: open_clip's own transformer on the CLIP byte-pair vocabulary, and a Hugging Face model
-(see `encoders.hugging_face_text`). Each is described by the `text_cfg` part of an open_clip model
-config, from which `encoders.clip_model.build_clip` builds it.
+Three kinds: open_clip's own transformer on the CLIP byte-pair vocabulary, a bag of words on the
+same (see `encoders.bag_of_words`), and a Hugging Face model (see `encoders.hugging_face_text`).
+Each is described by the `text_cfg` part of an open_clip model config, from which
+`encoders.clip_model.build_clip` builds it.
 """
 
 from __future__ import annotations
@@ -17,12 +18,19 @@ from encoders.vision_transformer import resolve_moe_blocks
 
 # Where a `text_cfg` describes routed blocks; open_clip refuses the key as an unknown argument.
 ROUTED_BLOCKS = "causal_soft_moe"
+# Where it says that the tower is a bag of words, which open_clip does not know either.
+BAG_OF_WORDS = "bag_of_words"
+CLIP_VOCABULARY = 49408
 
 
 def open_clip_text_config(
-    width: int, heads: int, layers: int, context_length: int, vocab_size: int = 49408
+    width: int,
+    heads: int,
+    layers: int,
+    context_length: int,
+    vocab_size: int = CLIP_VOCABULARY,
 ) -> dict[str, Any]:
-    """`text_cfg` of open_clip's own text transformer; 49,408 is the CLIP vocabulary.
+    """`text_cfg` of open_clip's own text transformer.
 
     Raises:
         ValueError: a size is not positive or `heads` does not divide `width`.
@@ -40,6 +48,16 @@ def open_clip_text_config(
     if width % heads:
         raise ValueError(f"width {width} is not divisible by {heads} heads: change one of them")
     return config
+
+
+def bag_of_words_config(width: int, context_length: int) -> dict[str, Any]:
+    """`text_cfg` of a bag of words on the CLIP vocabulary, which `build_clip` understands."""
+    return {
+        "context_length": context_length,
+        "vocab_size": CLIP_VOCABULARY,
+        "width": width,
+        BAG_OF_WORDS: True,
+    }
 
 
 def route_text_blocks(
