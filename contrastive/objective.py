@@ -12,9 +12,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from contrastive.config import ContrastiveConfig
-from contrastive.gather import check_equal_counts, gather_rows, rank, world_size
+from contrastive.gather import CountCheck, gather_rows, rank, world_size
 from contrastive.grad_cache import Features, Head, cached_part_losses
 from contrastive.losses import check_features, normalize_features
+from contrastive.ring import ring_siglip_loss
 from contrastive.targets import Targets
 from contrastive.tiled_losses import tiled_clip_loss, tiled_siglip_loss
 from encoders.auxiliary_losses import add_auxiliary_losses, routed_layers
@@ -32,10 +33,11 @@ class ContrastiveObjective(Objective):
     """CLIP or SigLIP loss of a dual encoder over the global batch.
 
     Batches hold `image` uint8 (b, 3, H, W), `text` int64 (b, L) and optionally `group` int64 (b,)
-    (see `contrastive.targets`). Every process contributes its own rows and sees everybody's
-    columns, so that gradients equal those of one process with the whole batch. In training the loss
-    includes the auxiliary losses of the routed layers of both towers. A batch that is split has the
-    gradient of the whole one (see `contrastive.grad_cache`).
+    and `weight` float (b,), the `groups` and `weights` of `contrastive.targets`. Every process
+    contributes its own rows and sees everybody's columns, so that gradients equal those of one
+    process with the whole batch. In training the loss includes the auxiliary losses of the routed
+    layers of both towers. A batch that is split has the gradient of the whole one (see
+    `contrastive.grad_cache`).
 
     Args:
         model: an open_clip dual encoder.
@@ -44,6 +46,9 @@ class ContrastiveObjective(Objective):
         mean, std: pixel normalisation of the image tower.
         frozen: modules and parameters that are not trained; they get no gradient, and such modules
             stay in eval mode.
+
+    Raises:
+        ValueError: the clip loss is to go round a ring.
     """
 
     weights_file = "open_clip_model.safetensors"
@@ -58,6 +63,11 @@ class ContrastiveObjective(Objective):
         frozen: tuple[nn.Module | nn.Parameter, ...] = (),
     ) -> None:
         super().__init__()
+        if config.exchange == "ring" and config.loss != "siglip":
+            raise ValueError(
+                "contrastive.exchange ring serves the siglip loss alone: set it to gather, or"
+                " contrastive.loss to siglip"
+            )
         self.model = model
         self.model_config, self.config = model_config, config
         self._routed_layers = routed_layers(model)
@@ -67,6 +77,7 @@ class ContrastiveObjective(Objective):
         self.normalize = Normalize(mean, std)
         for part in frozen:
             part.requires_grad_(False)
+        self._check_counts = CountCheck()
         self._frozen = tuple(part for part in frozen if isinstance(part, nn.Module))
         self.train()
 
@@ -91,7 +102,7 @@ class ContrastiveObjective(Objective):
             for name in ("image_features", "text_features"):
                 features[name] = normalize_features(features[name])
             if head is None:
-                loss, metrics = self._loss_of_all(features, batch.get("group"))
+                loss, metrics = self.loss(features, batch)
             else:
                 loss, metrics = head(features)
             metrics |= temperature_metrics(self._temperatures)
@@ -106,11 +117,6 @@ class ContrastiveObjective(Objective):
                 "the objective was called past its DistributedDataParallel wrapper, so the"
                 " gradients of the processes would drift apart: call the wrapped module"
             )
-
-    def _loss_of_all(self, features: Features, groups: Tensor | None) -> tuple[Tensor, Metrics]:
-        image, text = features["image_features"], features["text_features"]
-        check_equal_counts(image)
-        return self.loss(image, text, features, groups)
 
     def check_accumulation(self, parts: int, global_batch: int) -> str:
         for name, module in self.model.named_modules():
@@ -127,33 +133,48 @@ class ContrastiveObjective(Objective):
     ) -> Iterator[tuple[Tensor, Metrics]]:
         if len(parts) == 1:
             return super().part_losses(forward, parts)
-        marks = [part["group"] for part in parts if "group" in part]
-        groups = torch.cat(marks) if marks else None
-        return cached_part_losses(
-            forward, lambda features: self._loss_of_all(features, groups), parts
-        )
+        batch = {
+            name: torch.cat([part[name] for part in parts])
+            for name in ("group", "weight")
+            if name in parts[0]
+        }
+        return cached_part_losses(forward, lambda features: self.loss(features, batch), parts)
 
-    def loss(
-        self, image: Tensor, text: Tensor, features: dict[str, Tensor], groups: Tensor | None
-    ) -> tuple[Tensor, Metrics]:
-        """Loss and metrics from unit rows (b, D) of this process."""
+    def loss(self, features: Features, batch: Batch) -> tuple[Tensor, Metrics]:
+        """Loss and metrics of unit rows (b, D) of this process; `batch` may hold marks and weights.
+
+        Raises:
+            RuntimeError: processes differ in batch size.
+            ValueError: a feature is not finite, if that is looked at.
+        """
+        image, text = features["image_features"], features["text_features"]
+        self._check_counts(image)
         if self.config.check_features:
             check_features(image, text)
+        groups = batch.get("group")
         targets = Targets(
             groups,
             None if groups is None else gather_rows(groups),
             self.config.same_group,
             self.config.label_smoothing,
+            batch.get("weight"),
         )
-        all_text, scale = gather_rows(text), features["logit_scale"]
-        rest = (rank() * len(image), targets, self.config.tile_rows)
+        scale, offset = features["logit_scale"], rank() * len(image)
+        tile_rows = self.config.tile_rows
         metrics = {"logit_scale": scale.detach()}
-        if self.config.loss == "siglip":
-            bias = features["logit_bias"]
-            loss, found = tiled_siglip_loss(image, all_text, scale, bias, *rest)
-            metrics["logit_bias"] = bias.detach()
+        if self.config.loss == "clip":
+            columns = gather_rows(image), gather_rows(text)
+            loss, found = tiled_clip_loss(image, text, *columns, scale, offset, targets, tile_rows)
         else:
-            loss, found = tiled_clip_loss(image, text, gather_rows(image), all_text, scale, *rest)
+            bias = features["logit_bias"]
+            metrics["logit_bias"] = bias.detach()
+            if self.config.exchange == "ring":
+                loss, found = ring_siglip_loss(image, text, scale, bias, targets, tile_rows)
+            else:
+                columns = gather_rows(text)
+                loss, found = tiled_siglip_loss(
+                    image, columns, scale, bias, offset, targets, tile_rows
+                )
         metrics["batch_accuracy"] = found.image_accuracy
         if found.text_accuracy is not None:
             metrics["batch_accuracy_text"] = found.text_accuracy
