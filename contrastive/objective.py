@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from open_clip.hf_model import HFTextEncoder
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from contrastive.config import ContrastiveConfig
 from contrastive.gather import CountCheck, gather_rows, rank, world_size
-from contrastive.grad_cache import Features, Head, cached_part_losses
+from contrastive.grad_cache import EMBEDDINGS, Features, Head, cached_part_losses
 from contrastive.losses import check_features, normalize_features
 from contrastive.ring import ring_siglip_loss
 from contrastive.targets import Targets
@@ -27,6 +29,33 @@ from training.objective import Batch, Metrics, Objective
 
 # Position embeddings of text towers: open_clip's transformer, BERT and RoBERTa, and T5.
 POSITIONS = ("positional_embedding", "position_embeddings", "relative_attention_bias")
+
+
+def _projections_of_frozen_towers(model: Any) -> dict[str, nn.Module]:
+    """The projections on towers without a trained parameter, by what they read."""
+    towers = {EMBEDDINGS[0]: (model.visual.trunk, model.visual.head)}
+    if isinstance(model.text, HFTextEncoder):
+        towers[EMBEDDINGS[1]] = (model.text.transformer, model.text.proj)
+    return {
+        name: projection
+        for name, (tower, projection) in towers.items()
+        if not any(parameter.requires_grad for parameter in tower.parameters())
+    }
+
+
+@contextmanager
+def _inputs_of(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
+    """Fill a dict with what modules are called with."""
+    found: dict[str, Tensor] = {}
+    handles = [
+        module.register_forward_pre_hook(lambda _, args, name=name: found.update({name: args[0]}))
+        for name, module in modules.items()
+    ]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 class ContrastiveObjective(Objective):
@@ -79,6 +108,7 @@ class ContrastiveObjective(Objective):
             part.requires_grad_(False)
         self._check_counts = CountCheck()
         self._frozen = tuple(part for part in frozen if isinstance(part, nn.Module))
+        self._projections = _projections_of_frozen_towers(model)
         self.train()
 
     def train(self, mode: bool = True) -> ContrastiveObjective:
@@ -94,10 +124,14 @@ class ContrastiveObjective(Objective):
             RuntimeError: called past its distributed wrapper, or processes differ in batch size.
         """
         self._check_wrapped()
-        # A pass for features alone is done again; the second one tells.
-        watched = self.wants_details and (head is None or torch.is_grad_enabled())
-        with self._monitor.watch(watched) as routing:
-            features = self.model(self.normalize(batch["image"]), batch["text"])
+        first = head is not None and not torch.is_grad_enabled()
+        # A pass for features alone is done again but for frozen towers; the last run of one tells.
+        last = not first or "image_embedding" in self._projections
+        with (
+            self._monitor.watch(self.wants_details and last) as routing,
+            _inputs_of(self._projections if first else {}) as embeddings,
+        ):
+            features = self._features(batch) | embeddings
         with torch.autocast(batch["image"].device.type, enabled=False):
             for name in ("image_features", "text_features"):
                 features[name] = normalize_features(features[name])
@@ -108,6 +142,17 @@ class ContrastiveObjective(Objective):
             metrics |= temperature_metrics(self._temperatures)
             metrics |= routing
             return add_auxiliary_losses(loss, metrics, self._routed_layers), metrics
+
+    def _features(self, batch: Batch) -> Features:
+        """What the model returns; embeddings in the batch take the place of frozen towers."""
+        image, text = (batch.get(name) for name in EMBEDDINGS)
+        pixels = self.normalize(batch["image"]) if image is None else None
+        features = self.model(pixels, batch["text"] if text is None else None)
+        if image is not None:
+            features["image_features"] = self.model.visual.head(image)
+        if text is not None:
+            features["text_features"] = self.model.text.proj(text)
+        return features
 
     def _check_wrapped(self) -> None:
         if not (self.training and torch.is_grad_enabled() and world_size() > 1):
