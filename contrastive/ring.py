@@ -20,7 +20,7 @@ from torch import Tensor, distributed
 
 from contrastive.gather import rank, world_size
 from contrastive.targets import Targets
-from contrastive.tiled_losses import TILE_ROWS, sigmoid_tiles
+from contrastive.tiled_losses import TILE_ROWS, sigmoid_plan, sigmoid_tiles
 from contrastive.tiles import Diagnostics, Plan, Tiles, keep_gradients, scaled_gradients
 
 TEXTS, GRADIENTS = 0, 1  # tags: two messages may be under way between the same processes
@@ -44,15 +44,10 @@ def ring_siglip_loss(
         image, text: unit rows (b, D) of this process.
         The others are those of `tiled_siglip_loss`.
     """
-    targets = targets or Targets()
-    to_text = None
-    if (teacher := targets.teacher) is not None:
-        to_text = (teacher.image, teacher.all_text, teacher.logit_scale, teacher.logit_bias)
-    plan = Plan(targets, rank() * len(image), tile_rows, to_text, blocks=world_size())
+    plan = sigmoid_plan(targets, rank() * len(image), tile_rows, world_size())
     inputs = (image, text, logit_scale, logit_bias)
     loss, found = _RingSigmoid.apply(*inputs, plan)  # pyrefly: ignore
-    positive, negative, accuracy, _ = found.unbind()
-    return loss, Diagnostics(positive, negative, accuracy, None)
+    return loss, Diagnostics(found[0], found[1], found[2], None)
 
 
 class _RingSigmoid(torch.autograd.Function):

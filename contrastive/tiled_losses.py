@@ -89,15 +89,10 @@ def tiled_siglip_loss(
     Raises:
         ValueError: tile_rows below 1.
     """
-    targets = targets or Targets()
-    to_text = None
-    if (teacher := targets.teacher) is not None:
-        to_text = (teacher.image, teacher.all_text, teacher.logit_scale, teacher.logit_bias)
-    plan = Plan(targets, offset, tile_rows, to_text)
+    plan = sigmoid_plan(targets, offset, tile_rows)
     inputs = (image, all_text, logit_scale, logit_bias)
     loss, found = _TiledSigmoid.apply(*inputs, plan)  # pyrefly: ignore
-    positive, negative, accuracy, _ = found.unbind()
-    return loss, Diagnostics(positive, negative, accuracy, None)
+    return loss, Diagnostics(found[0], found[1], found[2], None)
 
 
 class _SoftmaxPass(Pass):
@@ -239,6 +234,15 @@ class _TiledSigmoid(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         return (*scaled_gradients(ctx, gradients[0]), None)
+
+
+def sigmoid_plan(targets: Targets | None, offset: int, tile_rows: int, blocks: int = 1) -> Plan:
+    """Plan of a sigmoid loss of images against texts."""
+    targets = targets or Targets()
+    to_text = None
+    if (teacher := targets.teacher) is not None:
+        to_text = (teacher.image, teacher.all_text, teacher.logit_scale, teacher.logit_bias)
+    return Plan(targets, offset, tile_rows, to_text, blocks=blocks)
 
 
 def sigmoid_tiles(
