@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from benchmarks import contrastive_worlds
 from benchmarks.contrastive_loss import (
     LARGEST,
     OURS,
@@ -35,6 +36,19 @@ def test_all_compute_the_same(loss: str) -> None:
     assert len(found) == (3 if loss == "clip" and TORCH in cases_on("cpu") else 2)
     for other in found.values():
         torch.testing.assert_close(other, ours, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("loss", ["clip", "siglip"])
+def test_all_exchanges_compute_the_same(loss: str) -> None:
+    found = []
+    for case in contrastive_worlds.CASES:
+        if case.loss == loss:
+            inputs = leaves(12, 16, torch.device("cpu"))
+            value = step(contrastive_worlds.build(case), inputs)
+            found.append((value, [tensor.grad for tensor in inputs if tensor.grad is not None]))
+    assert len(found) == (2 if loss == "clip" else 3)
+    for other in found:
+        torch.testing.assert_close(other, found[0], rtol=1e-5, atol=1e-6)
 
 
 def test_ratios_and_bars() -> None:
