@@ -107,7 +107,8 @@ def work(pipe: Connection, case: Case, number: int, world: int, local: int, stor
 
 def measure(world: int, local: int, rounds: int, folder: Path) -> list[dict[str, Any]]:
     """All cases in one world."""
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")  # which imports torch once for all
+    context.set_forkserver_preload(["benchmarks.contrastive_worlds"])
     pipes: dict[Case, list[Connection]] = {case: [] for case in CASES}
     processes = []
     for case in CASES:
