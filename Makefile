@@ -3,13 +3,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install demo demo-long test lint types format bench bench-gpu clean
+.PHONY: help install demo demo-long test lint types format bench bench-gpu bench-loss clean
 
 help:
 	@echo "make demo       install, train and evaluate on the embedded pictures, write runs/demo/report.html"
 	@echo "make demo-long  the same with presets that take about half an hour"
 	@echo "make test       install and run all tests"
 	@echo "make bench      time and memory of the routed layers on the CPU (bench-gpu: on a GPU)"
+	@echo "make bench-loss time and memory of the contrastive losses, alone and on several processes"
 	@echo "make lint types check style and types"
 
 $(INSTALLED): pyproject.toml
@@ -47,6 +48,10 @@ bench: install
 
 bench-gpu: install
 	$(BIN)/python -m benchmarks.routed_layers --device cuda
+
+bench-loss: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.contrastive_loss --full
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.contrastive_worlds
 
 clean:
 	rm -rf runs data build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -65,10 +65,14 @@ def encode(model: Any, batch: Batch, normalize: Callable[[Tensor], Tensor]) -> d
     pixels = None if cached[0] is not None else normalize(batch["image"])
     features = model(pixels, None if cached[1] is not None else batch["text"])
     if cached[0] is not None:
-        features["image_features"] = model.visual.head(cached[0].float())
+        features["image_features"] = _project(model.visual.head, cached[0])
     if cached[1] is not None:
-        features["text_features"] = model.text.proj(cached[1].float())
+        features["text_features"] = _project(model.text.proj, cached[1])
     return features
+
+
+def _project(projection: nn.Module, embeddings: Tensor) -> Tensor:
+    return projection(embeddings.to(next(projection.parameters()).dtype))
 
 
 def image_embeddings(model: Any, pixels: Tensor) -> Tensor:

@@ -97,6 +97,9 @@ class ContrastiveConfig:
     label_smoothing: float = 0.0
     """Share of the targets that is spread evenly, for clip over the columns and for siglip over
     yes and no."""
+    exchange: Literal["gather", "ring"] = "gather"
+    """How processes see one another's texts, for siglip: gathered, or passed on from process to
+    process, which takes less memory where they are many. Gradients are the same; clip gathers."""
     tile_rows: int = 256
     """Rows whose logits exist at a time; fewer need less memory, more keep a GPU busier."""
     check_features: bool = False

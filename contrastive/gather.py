@@ -16,42 +16,59 @@ class _GatherRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor) -> Tensor:
         ctx.count = len(rows)
-        parts = [torch.empty_like(rows) for _ in range(distributed.get_world_size())]
-        distributed.all_gather(parts, rows.contiguous())
-        return torch.cat(parts)
+        gathered = rows.new_empty(len(rows) * world_size(), *rows.shape[1:])
+        distributed.all_gather_into_tensor(gathered, rows.contiguous())
+        return gathered
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        # A copy: autograd may still need the gradient that it hands over.
-        gradient = gradients[0].clone(memory_format=torch.contiguous_format)
-        distributed.all_reduce(gradient)
-        start = distributed.get_rank() * ctx.count
-        return gradient[start : start + ctx.count]
+        gradient = gradients[0].contiguous()
+        own = gradient.new_empty(ctx.count, *gradient.shape[1:])
+        distributed.reduce_scatter_tensor(own, gradient)
+        return own
 
 
 def gather_rows(rows: Tensor) -> Tensor:
-    """(b, ...) on each process to (B, ...) on all, differentiable; the rows themselves alone."""
+    """(b, ...) on each process to (B, ...) on all, differentiable; the rows themselves alone.
+
+    The processes must have as many rows each: see `CountCheck`.
+    """
     if world_size() == 1:
         return rows
     return _GatherRows.apply(rows)  # pyrefly: ignore
 
 
-def check_equal_counts(rows: Tensor) -> None:
-    """Make sure that all processes hold as many rows: a mean over processes needs that.
+class CountCheck:
+    """Makes sure that all processes hold as many rows: a mean over processes needs that.
 
-    Only on a CPU. Elsewhere the host would have to wait for the device; there the loop's look at
-    each batch must do.
+    Every call exchanges one number, so that no process waits for one that takes no part. It is
+    read on the host only in the first call and when the number of this process's rows has changed;
+    otherwise the device compares, for which the host does not wait.
 
     Raises:
-        RuntimeError: they do not; on every process.
+        RuntimeError: they do not, on every process. A process whose number has not changed learns
+            it from the device: a GPU reports it late, as a failed assertion.
     """
-    if world_size() == 1 or rows.device.type != "cpu":
-        return
-    counts = torch.zeros(world_size(), dtype=torch.int64)
-    counts[rank()] = len(rows)
-    distributed.all_reduce(counts)
-    if len(set(counts.tolist())) > 1:
-        raise RuntimeError(f"processes have batches of {counts.tolist()}: make them equal")
+
+    def __init__(self) -> None:
+        self._known = -1
+
+    def __call__(self, rows: Tensor) -> None:
+        if world_size() == 1:
+            return
+        count = len(rows)
+        counts = torch.empty(world_size(), dtype=torch.int64, device=rows.device)
+        distributed.all_gather_into_tensor(counts, counts.new_full((1,), count))
+        if count == self._known:
+            same = (counts == count).all()
+            torch._assert_async(
+                same, f"another process no longer has {count} rows as this one: make batches equal"
+            )
+            return
+        numbers = counts.tolist()
+        if len(set(numbers)) > 1:
+            raise RuntimeError(f"processes have batches of {numbers}: make them equal")
+        self._known = count
 
 
 def world_size() -> int:

@@ -4,7 +4,8 @@ The loss of a contrastive batch is not the mean over its parts, which would lack
 negatives. So the features of all parts are computed first, without gradients; then the loss of
 the global batch and its gradient by the features; then every part once more, with gradients, from
 the random state it had, and that gradient is carried on into the towers (Gao et al., 2021, arXiv
-2101.06983). A second forward pass is the price; activations of one part are all that is kept.
+2101.06983). A second forward pass is the price; activations of one part are all that is kept. A
+tower that is frozen as a whole runs once: the second pass begins at its embeddings.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ Features = dict[str, Tensor]
 Head = Callable[[Features], tuple[Tensor, Metrics]]
 
 ROWS = ("image_features", "text_features")
+# What the trained projection of a frozen tower reads; in a batch, it takes the tower's place.
+EMBEDDINGS = ("image_embedding", "text_embedding")
 
 
 def cached_part_losses(
@@ -38,24 +41,31 @@ def cached_part_losses(
         forward: runs the towers on a part, calls the given head on the features and may add losses
             of that part: means over its samples, such as auxiliary losses of routers.
         head: the loss of features of the whole batch: `ROWS`, concatenated over parts, and others,
-            which do not depend on the samples, such as `logit_scale`.
+            which do not depend on the samples, such as `logit_scale`. `EMBEDDINGS` among them are
+            not for the loss: the second pass gets them in its part.
         parts: of this process's share of the batch; they may differ in size.
     """
     recorded: list[Features] = []
+    embeddings: list[Features] = []
     states: list[Callable[[], None]] = []
+    first_metrics: list[Metrics] = []
 
     def record(features: Features) -> tuple[Tensor, Metrics]:
-        recorded.append({name: value.detach() for name, value in features.items()})
+        found = {name: value.detach() for name, value in features.items()}
+        embeddings.append({name: found.pop(name) for name in EMBEDDINGS if name in found})
+        recorded.append(found)
         return torch.zeros((), device=features[ROWS[0]].device), {}
 
     with torch.no_grad():
         for part in parts:
             states.append(_random_state(part))
-            forward(part, record)
+            first_metrics.append(forward(part, record)[1])
     value, metrics, gradients = _differentiate(head, recorded)
-    for part, restore, gradient in zip(parts, states, gradients, strict=True):
-        restore()
-        yield forward(part, partial(_replay, value, metrics, gradient))
+    for number, part in enumerate(parts):
+        states[number]()
+        replay = partial(_replay, value, metrics, gradients[number])
+        loss, some = forward(part | embeddings[number], replay)
+        yield loss, first_metrics[number] | some  # a tower that runs once is seen in the first pass
 
 
 def _differentiate(

@@ -14,10 +14,18 @@ from torch.nn import functional as F
 
 from contrastive.targets import Targets
 
+SMALLEST_NORM = 1e-12  # F.normalize's
+
 
 def normalize_features(features: Tensor) -> Tensor:
-    """Unit rows in float32 (float64 stays), whatever the compute precision was."""
-    return F.normalize(widen(features), dim=-1)
+    """Unit rows in float32 (float64 stays), whatever the compute precision was.
+
+    A row of zeros, or of a norm below 1e-12, has no direction: it becomes zero and its gradient is
+    zero. `F.normalize` would hand on gradients of order 1e12.
+    """
+    wide = widen(features)
+    norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+    return wide / norm.masked_fill(norm < SMALLEST_NORM, torch.inf)
 
 
 def widen(tensor: Tensor) -> Tensor:

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from open_clip.hf_model import HFTextEncoder
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from contrastive.cached_towers import encode
 from contrastive.config import ContrastiveConfig
-from contrastive.gather import check_equal_counts, gather_rows, rank, world_size
-from contrastive.grad_cache import Features, Head, cached_part_losses
+from contrastive.gather import CountCheck, gather_rows, rank, world_size
+from contrastive.grad_cache import EMBEDDINGS, Features, Head, cached_part_losses
 from contrastive.losses import check_features, normalize_features
+from contrastive.ring import ring_siglip_loss
 from contrastive.targets import Targets
 from contrastive.tiled_losses import tiled_clip_loss, tiled_siglip_loss
 from encoders.auxiliary_losses import add_auxiliary_losses, routed_layers
@@ -29,15 +32,43 @@ from training.objective import Batch, Metrics, Objective
 POSITIONS = ("positional_embedding", "position_embeddings", "relative_attention_bias")
 
 
+def _projections_of_frozen_towers(model: Any) -> dict[str, nn.Module]:
+    """The projections on towers without a trained parameter, by what they read."""
+    towers = {EMBEDDINGS[0]: (model.visual.trunk, model.visual.head)}
+    if isinstance(model.text, HFTextEncoder):
+        towers[EMBEDDINGS[1]] = (model.text.transformer, model.text.proj)
+    return {
+        name: projection
+        for name, (tower, projection) in towers.items()
+        if not any(parameter.requires_grad for parameter in tower.parameters())
+    }
+
+
+@contextmanager
+def _inputs_of(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
+    """Fill a dict with what modules are called with."""
+    found: dict[str, Tensor] = {}
+    handles = [
+        module.register_forward_pre_hook(lambda _, args, name=name: found.update({name: args[0]}))
+        for name, module in modules.items()
+    ]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 class ContrastiveObjective(Objective):
     """CLIP or SigLIP loss of a dual encoder over the global batch.
 
     Batches hold `image` uint8 (b, 3, H, W), `text` int64 (b, L) and optionally `group` int64 (b,)
-    (see `contrastive.targets`); a frozen tower's embeddings may take the place of what it would
-    read (see `contrastive.cached_towers`). Every process contributes its own rows and sees
-    everybody's columns, so that gradients equal those of one process with the whole batch. In
-    training the loss includes the auxiliary losses of the routed layers of both towers. A batch
-    that is split has the gradient of the whole one (see `contrastive.grad_cache`).
+    and `weight` float (b,), the `groups` and `weights` of `contrastive.targets`; a frozen tower's
+    embeddings may take the place of what it would read (see `contrastive.cached_towers`). Every
+    process contributes its own rows and sees everybody's columns, so that gradients equal those of
+    one process with the whole batch. In training the loss includes the auxiliary losses of the
+    routed layers of both towers. A batch that is split has the gradient of the whole one (see
+    `contrastive.grad_cache`).
 
     Args:
         model: an open_clip dual encoder.
@@ -47,6 +78,9 @@ class ContrastiveObjective(Objective):
         frozen: modules and parameters that are not trained; they get no gradient, and such modules
             stay in eval mode.
         files: more JSON files of each checkpoint, such as those of a tokenizer.
+
+    Raises:
+        ValueError: the clip loss is to go round a ring.
     """
 
     weights_file = "open_clip_model.safetensors"
@@ -62,6 +96,11 @@ class ContrastiveObjective(Objective):
         files: dict[str, dict[str, Any]] | None = None,
     ) -> None:
         super().__init__()
+        if config.exchange == "ring" and config.loss != "siglip":
+            raise ValueError(
+                "contrastive.exchange ring serves the siglip loss alone: set it to gather, or"
+                " contrastive.loss to siglip"
+            )
         self.model = model
         self.model_config, self.config = model_config, config
         self.files = files or {}
@@ -72,7 +111,9 @@ class ContrastiveObjective(Objective):
         self.normalize = Normalize(mean, std)
         for part in frozen:
             part.requires_grad_(False)
+        self._check_counts = CountCheck()
         self._frozen = tuple(part for part in frozen if isinstance(part, nn.Module))
+        self._projections = _projections_of_frozen_towers(model)
         self.train()
 
     def train(self, mode: bool = True) -> ContrastiveObjective:
@@ -88,15 +129,19 @@ class ContrastiveObjective(Objective):
             RuntimeError: called past its distributed wrapper, or processes differ in batch size.
         """
         self._check_wrapped()
-        # A pass for features alone is done again; the second one tells.
-        watched = self.wants_details and (head is None or torch.is_grad_enabled())
-        with self._monitor.watch(watched) as routing:
-            features = encode(self.model, batch, self.normalize)
+        first = head is not None and not torch.is_grad_enabled()
+        # A pass for features alone is done again but for frozen towers; the last run of one tells.
+        last = not first or "image_embedding" in self._projections
+        with (
+            self._monitor.watch(self.wants_details and last) as routing,
+            _inputs_of(self._projections if first else {}) as embeddings,
+        ):
+            features = encode(self.model, batch, self.normalize) | embeddings
         with torch.autocast(features["logit_scale"].device.type, enabled=False):
             for name in ("image_features", "text_features"):
                 features[name] = normalize_features(features[name])
             if head is None:
-                loss, metrics = self._loss_of_all(features, batch.get("group"))
+                loss, metrics = self.loss(features, batch)
             else:
                 loss, metrics = head(features)
             metrics |= temperature_metrics(self._temperatures)
@@ -111,11 +156,6 @@ class ContrastiveObjective(Objective):
                 "the objective was called past its DistributedDataParallel wrapper, so the"
                 " gradients of the processes would drift apart: call the wrapped module"
             )
-
-    def _loss_of_all(self, features: Features, groups: Tensor | None) -> tuple[Tensor, Metrics]:
-        image, text = features["image_features"], features["text_features"]
-        check_equal_counts(image)
-        return self.loss(image, text, features, groups)
 
     def check_accumulation(self, parts: int, global_batch: int) -> str:
         for name, module in self.model.named_modules():
@@ -132,33 +172,48 @@ class ContrastiveObjective(Objective):
     ) -> Iterator[tuple[Tensor, Metrics]]:
         if len(parts) == 1:
             return super().part_losses(forward, parts)
-        marks = [part["group"] for part in parts if "group" in part]
-        groups = torch.cat(marks) if marks else None
-        return cached_part_losses(
-            forward, lambda features: self._loss_of_all(features, groups), parts
-        )
+        batch = {
+            name: torch.cat([part[name] for part in parts])
+            for name in ("group", "weight")
+            if name in parts[0]
+        }
+        return cached_part_losses(forward, lambda features: self.loss(features, batch), parts)
 
-    def loss(
-        self, image: Tensor, text: Tensor, features: dict[str, Tensor], groups: Tensor | None
-    ) -> tuple[Tensor, Metrics]:
-        """Loss and metrics from unit rows (b, D) of this process."""
+    def loss(self, features: Features, batch: Batch) -> tuple[Tensor, Metrics]:
+        """Loss and metrics of unit rows (b, D) of this process; `batch` may hold marks and weights.
+
+        Raises:
+            RuntimeError: processes differ in batch size.
+            ValueError: a feature is not finite, if that is looked at.
+        """
+        image, text = features["image_features"], features["text_features"]
+        self._check_counts(image)
         if self.config.check_features:
             check_features(image, text)
+        groups = batch.get("group")
         targets = Targets(
             groups,
             None if groups is None else gather_rows(groups),
             self.config.same_group,
             self.config.label_smoothing,
+            batch.get("weight"),
         )
-        all_text, scale = gather_rows(text), features["logit_scale"]
-        rest = (rank() * len(image), targets, self.config.tile_rows)
+        scale, offset = features["logit_scale"], rank() * len(image)
+        tile_rows = self.config.tile_rows
         metrics = {"logit_scale": scale.detach()}
-        if self.config.loss == "siglip":
-            bias = features["logit_bias"]
-            loss, found = tiled_siglip_loss(image, all_text, scale, bias, *rest)
-            metrics["logit_bias"] = bias.detach()
+        if self.config.loss == "clip":
+            columns = gather_rows(image), gather_rows(text)
+            loss, found = tiled_clip_loss(image, text, *columns, scale, offset, targets, tile_rows)
         else:
-            loss, found = tiled_clip_loss(image, text, gather_rows(image), all_text, scale, *rest)
+            bias = features["logit_bias"]
+            metrics["logit_bias"] = bias.detach()
+            if self.config.exchange == "ring":
+                loss, found = ring_siglip_loss(image, text, scale, bias, targets, tile_rows)
+            else:
+                columns = gather_rows(text)
+                loss, found = tiled_siglip_loss(
+                    image, columns, scale, bias, offset, targets, tile_rows
+                )
         metrics["batch_accuracy"] = found.image_accuracy
         if found.text_accuracy is not None:
             metrics["batch_accuracy_text"] = found.text_accuracy

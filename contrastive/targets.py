@@ -39,7 +39,8 @@ class Targets:
             not left out; a sigmoid's targets become 1 - share / 2 and share / 2.
         weights: factors (b,) on the terms of this process's rows. The loss stays a mean over rows,
             not over weights: weights that average one keep its size.
-        teacher: replaces the targets by the teacher's softmax (or sigmoids) of similarities.
+        teacher: replaces the targets by the teacher's softmax (or sigmoids) of similarities. An
+            option of the functions: the objective has no teacher.
 
     Raises:
         ValueError: one kind of group marks alone, an unknown `same_group`, a share outside [0, 1),

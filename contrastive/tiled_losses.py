@@ -15,6 +15,7 @@ Shapes and conventions are those of `contrastive.losses`. Nothing here waits for
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -88,15 +89,10 @@ def tiled_siglip_loss(
     Raises:
         ValueError: tile_rows below 1.
     """
-    targets = targets or Targets()
-    to_text = None
-    if (teacher := targets.teacher) is not None:
-        to_text = (teacher.image, teacher.all_text, teacher.logit_scale, teacher.logit_bias)
-    plan = Plan(targets, offset, tile_rows, to_text)
+    plan = sigmoid_plan(targets, offset, tile_rows)
     inputs = (image, all_text, logit_scale, logit_bias)
     loss, found = _TiledSigmoid.apply(*inputs, plan)  # pyrefly: ignore
-    positive, negative, accuracy, _ = found.unbind()
-    return loss, Diagnostics(positive, negative, accuracy, None)
+    return loss, Diagnostics(found[0], found[1], found[2], None)
 
 
 class _SoftmaxPass(Pass):
@@ -111,10 +107,7 @@ class _SoftmaxPass(Pass):
         self.columns = self._columns() if plan.both else None
         self.column_accuracy = self.teacher_lse = None
         if self.columns is not None:
-            best, groups = self.columns.best, targets.groups
-            own = torch.arange(total, device=best.device)
-            right = best == own if groups is None else groups[best] == groups
-            self.column_accuracy = right.to(tiles.rows.dtype).mean()
+            self.column_accuracy = self.accuracy(self.columns.best)
         if self.teacher is not None and plan.both:
             found = ((part, self.teacher.logits(part)) for part in self.teacher)
             self.teacher_lse = online_columns(found).lse
@@ -196,7 +189,7 @@ def _softmax_tile(tiles: Tiles, walk: _SoftmaxPass, part: slice) -> Tensor:
     if (excluded := walk.excluded(part, alike)) is not None:
         logits.masked_fill_(excluded, LEFT_OUT)
     largest, best = logits.max(dim=1)
-    walk.score(part, best)
+    walk.score(part, largest, best)
     share, wanted = walk.share[part], walk.wanted(part, alike)
     gradient = (logits - largest[:, None]).exp_()
     total = gradient.sum(dim=1)
@@ -232,7 +225,7 @@ class _TiledSigmoid(torch.autograd.Function):
             tiles = Tiles(rows, columns, scale, bias, plan.tile_rows)
             if plan.differentiates:
                 tiles.want(*ctx.needs_input_grad[:3])
-            loss, found, of_bias = _sigmoid_tiles(tiles, plan)
+            loss, found, of_bias = sigmoid_tiles(tiles, plan, [(0, columns)])
         gradients = (tiles.of_rows, tiles.of_columns, tiles.of_scale, of_bias)
         keep_gradients(ctx, (rows, columns, scale, bias), gradients)
         ctx.mark_non_differentiable(found)
@@ -243,12 +236,37 @@ class _TiledSigmoid(torch.autograd.Function):
         return (*scaled_gradients(ctx, gradients[0]), None)
 
 
-def _sigmoid_tiles(tiles: Tiles, plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
+def sigmoid_plan(targets: Targets | None, offset: int, tile_rows: int, blocks: int = 1) -> Plan:
+    """Plan of a sigmoid loss of images against texts."""
+    targets = targets or Targets()
+    to_text = None
+    if (teacher := targets.teacher) is not None:
+        to_text = (teacher.image, teacher.all_text, teacher.logit_scale, teacher.logit_bias)
+    return Plan(targets, offset, tile_rows, to_text, blocks=blocks)
+
+
+def sigmoid_tiles(
+    tiles: Tiles, plan: Plan, blocks: Iterable[tuple[int, Tensor]]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss, the fields of `Diagnostics`, and the gradient of the bias.
+
+    Args:
+        blocks: place of the first column, and columns (n, D) of each block. The gradient of the
+            columns is in `tiles` when the next block is asked for.
+    """
     walk = Pass(tiles, plan)
     teacher = None if plan.teacher is None else Tiles(*plan.teacher, size=tiles.size)
-    found = [_sigmoid_tile(tiles, walk, teacher, part) for part in tiles]
-    terms, of_bias = (torch.cat(side) for side in zip(*found, strict=True))
-    return terms.sum(), walk.diagnostics(), of_bias.sum()
+    terms, of_bias = [], []
+    for start, columns in blocks:
+        tiles.turn_to(columns)
+        walk.turn_to(start)
+        if teacher is not None and plan.teacher is not None:
+            teacher.turn_to(plan.teacher[1][start : start + len(columns)])
+        for part in tiles:
+            term, slope = _sigmoid_tile(tiles, walk, teacher, part)
+            terms.append(term)
+            of_bias.append(slope)
+    return torch.cat(terms).sum(), walk.diagnostics(), torch.cat(of_bias).sum()
 
 
 def _sigmoid_tile(
@@ -264,7 +282,7 @@ def _sigmoid_tile(
     walk.observe(part, signed, alike)
     if (excluded := walk.excluded(part, alike)) is not None:
         signed.masked_fill_(excluded, LEFT_OUT)
-    walk.score(part, signed.argmax(dim=1))
+    walk.score(part, *signed.max(dim=1))
     positives = alike if walk.targets.spreads else None
     flip: float | Tensor = walk.targets.label_smoothing / 2
     if teacher is None:

@@ -5,12 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 
+from benchmarks import contrastive_worlds
 from benchmarks.contrastive_loss import (
     LARGEST,
     OURS,
     SIZES,
     THEIRS,
+    TORCH,
+    Case,
     build,
+    cases_on,
     leaves,
     missed_bars,
     step,
@@ -18,15 +22,33 @@ from benchmarks.contrastive_loss import (
 )
 
 
-@pytest.mark.parametrize("pair", list(zip(OURS, THEIRS, strict=True)), ids=["clip", "siglip"])
-def test_both_sides_compute_the_same(pair: tuple) -> None:
+@pytest.mark.parametrize("loss", ["clip", "siglip"])
+def test_all_compute_the_same(loss: str) -> None:
+    """Ours, open_clip's and torch's own operator: values and every gradient."""
+    found = {}
+    for case in cases_on("cpu"):
+        if case.loss == loss:
+            inputs = leaves(12, 16, torch.device("cpu"))
+            value = step(build(case, 5), inputs)
+            found[case] = value, [tensor.grad for tensor in inputs if tensor.grad is not None]
+    ours = found[Case(loss, "ours")]
+    assert len(ours[1]) == (3 if loss == "clip" else 4)
+    assert len(found) == (3 if loss == "clip" and TORCH in cases_on("cpu") else 2)
+    for other in found.values():
+        torch.testing.assert_close(other, ours, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("loss", ["clip", "siglip"])
+def test_all_exchanges_compute_the_same(loss: str) -> None:
     found = []
-    for case in pair:
-        inputs = leaves(12, 16, torch.device("cpu"))
-        value = step(build(case, 5), inputs)
-        found.append((value, [tensor.grad for tensor in inputs if tensor.grad is not None]))
-    assert len(found[0][1]) == (3 if pair[0].loss == "clip" else 4)
-    torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-6)
+    for case in contrastive_worlds.CASES:
+        if case.loss == loss:
+            inputs = leaves(12, 16, torch.device("cpu"))
+            value = step(contrastive_worlds.build(case), inputs)
+            found.append((value, [tensor.grad for tensor in inputs if tensor.grad is not None]))
+    assert len(found) == (2 if loss == "clip" else 3)
+    for other in found:
+        torch.testing.assert_close(other, found[0], rtol=1e-5, atol=1e-6)
 
 
 def test_ratios_and_bars() -> None:

@@ -1,31 +1,23 @@
 """Gradient caching: the gradient of a split batch is that of the whole one, for every parameter.
 
-Run as a program, this file is one of two processes: `test_grad_cache.py FOLDER`.
+Several processes are in `test_distributed.py`.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import pytest
 import torch
 from accelerate import Accelerator
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
-from torch.nn.parallel import DistributedDataParallel
 
 from contrastive import grad_cache
 from contrastive.config import ContrastiveConfig, ImageTowerConfig, TextTowerConfig
 from contrastive.dual_encoder import build_dual_encoder, model_config
-from contrastive.gather import check_equal_counts
 from contrastive.objective import ContrastiveObjective
 from encoders.sparse_moe import TokensChoice
 from training.config import OptimizerConfig, ScheduleConfig, TrainConfig
@@ -152,96 +144,6 @@ def check(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
         )
 
 
-def refusal(call: Callable[[], object]) -> str:
-    try:
-        call()
-    except RuntimeError as error:
-        return str(error)
-    return ""
-
-
-def work(folder: Path) -> None:
-    """Save the gradients of every loss and split as one of two processes."""
-    rank = int(os.environ["RANK"])
-    share = BATCH // WORLD
-    own = {name: value[rank * share : (rank + 1) * share] for name, value in make_batch().items()}
-    for loss in LOSSES:
-        for parts in SPLITS:
-            objective = make_objective(loss)
-            trainer = make_trainer(objective, folder / "run", accumulation=parts)
-            wrapped = cast(DistributedDataParallel, trainer.wrapped)
-            buckets: list[Any] = []
-            # Not a def: the wrapper checks annotations, and rejects those that are strings.
-            wrapped.register_comm_hook(
-                buckets, lambda state, bucket: state.append(0) or allreduce_hook(None, bucket)
-            )
-            results = trainer._backward(split_batch(own, parts))
-            mean = torch.stack([loss for loss, _ in results]).mean()
-            found = collect(objective) | {"loss": mean, "exchanges": torch.tensor(len(buckets))}
-            save_file(found, folder / f"{loss}-{parts}.{rank}.safetensors")
-    objective.train()
-    texts = [
-        refusal(lambda: objective(own)),
-        refusal(lambda: check_equal_counts(torch.zeros(4 - rank, 2))),
-    ]
-    (folder / f"refusals.{rank}.json").write_text(json.dumps(texts))
-    trainer.accelerator.end_training()
-
-
-@pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with what two processes have saved."""
-    folder = tmp_path_factory.mktemp("gloo")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    common = {
-        "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "",
-        "ACCELERATE_USE_CPU": "true", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
-        "WORLD_SIZE": str(WORLD),
-    }  # fmt: skip
-    processes = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(folder)],
-            cwd=ROOT,
-            env=os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(WORLD)
-    ]
-    errors = [process.communicate(timeout=300)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0] * WORLD, "\n".join(errors)
-    return folder
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("loss", LOSSES)
-def test_two_processes_with_parts_have_the_gradient_of_the_whole_batch(
-    results: Path, loss: Literal["clip", "siglip"]
-) -> None:
-    expected = whole(make_objective(loss))
-    assert "model.logit_scale" in expected
-    assert ("model.logit_bias" in expected) == (loss == "siglip")
-    exchanges = set()
-    for parts in SPLITS:
-        ranks = [load_file(results / f"{loss}-{parts}.{rank}.safetensors") for rank in range(WORLD)]
-        mean = torch.stack([rank.pop("loss") for rank in ranks]).mean()
-        for rank in ranks:
-            exchanges.add(int(rank.pop("exchanges")))
-            check(rank | {"loss": mean}, expected)
-    (number,) = exchanges  # one synchronisation, however many parts
-    assert number > 0
-
-
-@pytest.mark.slow
-def test_a_call_past_the_wrapper_and_uneven_batches_are_refused(results: Path) -> None:
-    for rank in range(WORLD):
-        bare, uneven = json.loads((results / f"refusals.{rank}.json").read_text())
-        assert "called past its DistributedDataParallel wrapper" in bare
-        assert "batches of [4, 3]" in uneven
-
-
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("sizes", [(8,), (4, 4), (2, 2, 2, 2), (1, 3, 4)])
 def test_parts_have_the_gradient_of_the_whole_batch(
@@ -270,7 +172,7 @@ def one_after_the_other(objective: ContrastiveObjective, parts: list[Batch]) -> 
     for part in parts:
         objective(part, keep)
     rows = {name: torch.cat([features[name] for features in recorded]) for name in grad_cache.ROWS}
-    loss, _ = objective.loss(*rows.values(), recorded[0] | rows, make_batch()["group"])
+    loss, _ = objective.loss(recorded[0] | rows, make_batch())
     loss.backward()
     return collect(objective) | {"loss": loss.detach()}
 
@@ -381,7 +283,3 @@ def test_batch_norm_is_not_split() -> None:
     trunk = model.visual.trunk
     frozen = ContrastiveObjective(model, description, config, HALF, HALF, (trunk,))
     assert "global batch" in frozen.check_accumulation(2, 8)
-
-
-if __name__ == "__main__":
-    work(Path(sys.argv[1]))

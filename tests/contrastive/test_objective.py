@@ -111,8 +111,7 @@ def test_auxiliary_losses_of_both_towers_are_added_in_training() -> None:
         torch.manual_seed(0)
         pixels = objective.normalize(batch()["image"])
         features = model(pixels, batch()["text"])
-        image, text = (features[f"{tower}_features"] for tower in ("image", "text"))
-        task, _ = objective.loss(image, text, features, None)
+        task, _ = objective.loss(features, {})
         torch.testing.assert_close(loss, task + metrics["auxiliary/importance"])
         return metrics["auxiliary/importance"]
 
@@ -222,6 +221,35 @@ def test_a_group_mark_changes_the_loss() -> None:
     objective.config.same_group = "positive"
     spread, _ = objective(batch() | {"group": torch.tensor([1, 1, 2, 3, 4, 5])})
     assert spread not in (plain, marked)
+
+
+def test_weights_of_samples_change_the_loss() -> None:
+    objective = make_objective().eval()
+    plain, _ = objective(batch())
+    ones, _ = objective(batch() | {"weight": torch.ones(6)})
+    halves, _ = objective(batch() | {"weight": torch.full((6,), 0.5)})
+    torch.testing.assert_close(torch.stack([ones, 2 * halves]), torch.stack([plain, plain]))
+
+
+def test_the_clip_loss_does_not_go_round_a_ring() -> None:
+    with pytest.raises(ValueError, match="ring serves the siglip loss alone: set it to gather"):
+        make_objective("clip", exchange="ring")
+    ring, gathered = (
+        make_objective("siglip", exchange=exchange).eval()(batch())[0]
+        for exchange in ("ring", "gather")
+    )
+    assert torch.equal(ring, gathered)
+
+
+def test_features_of_zero_train_nothing_and_break_nothing() -> None:
+    objective = make_objective()
+    with torch.no_grad():
+        objective.model.visual.head.proj.weight.zero_()
+    loss, _ = objective(batch())
+    loss.backward()
+    assert loss.isfinite()
+    assert not objective.model.visual.head.proj.weight.grad.any()
+    assert all(p.grad.isfinite().all() for p in objective.parameters() if p.grad is not None)
 
 
 def test_a_broken_feature_is_named_when_asked() -> None:

@@ -18,6 +18,7 @@ from contrastive.objective import ContrastiveObjective
 from contrastive.trainable import parts_to_freeze
 from training.config import OptimizerConfig, ScheduleConfig, TrainConfig
 from training.loop import Trainer
+from training.objective import split_batch
 
 TEST = "soft_moe_vit_test_patch16_64"
 HALF = (0.5, 0.5, 0.5)
@@ -224,3 +225,32 @@ def test_blocks_of_other_timm_towers() -> None:
     assert frozen == (convnext.stem, *list(stages)[:-1])
     with pytest.raises(ValueError, match="no list of blocks; name parameters"):
         parts_to_freeze(timm.create_model("test_resnet", num_classes=0), 1, "image.trainable")
+
+
+@pytest.mark.parametrize("name", list(CASES)[:5])
+def test_a_frozen_tower_runs_once_for_each_part(folder: Path, name: str) -> None:
+    image, text, _ = CASES[name]
+    objective = make_objective(folder, image, text)
+    calls = dict.fromkeys(("image", "text"), 0)
+    towers = {"image": objective.model.visual.trunk, "text": objective.model.text.transformer}
+    for side, tower in towers.items():
+        tower.eval()  # without noise, which parts would draw in another order
+
+        def count(*_: Any, side: str = side) -> None:
+            calls[side] += 1
+
+        tower.register_forward_hook(count)
+    objective.wants_details = True
+    gradients = []
+    for parts in (1, 2):
+        for side in calls:
+            calls[side] = 0
+        for loss, metrics in objective.part_losses(objective, split_batch(make_batch(), parts)):
+            (loss / parts).backward()
+            assert "routing/blocks.1/combine_max" in metrics
+            assert all(value.isfinite() for value in metrics.values())
+        gradients.append({n: p.grad for n, p in objective.named_parameters() if p.grad is not None})
+        objective.zero_grad()
+    for side, settings in (("image", image), ("text", text)):
+        assert calls[side] == (2 if settings.get("frozen") else 4), side
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-4, atol=1e-5)
