@@ -11,12 +11,18 @@ import torch
 from data_pipelines.shards import FieldError, ShardReader
 
 MAX_BYTES = 1 << 20  # tokenizers and parsers would take seconds and much memory for more
+JOINT = "::"  # between the fields of a caption key
 _SURROGATES = re.compile("[\ud800-\udfff]")
 
 
 def member_of(key: str) -> str:
     """Extension of the member that `key` reads: 'txt' for 'txt', 'json' for 'json:caption'."""
     return key.partition(":")[0]
+
+
+def members_of(key: str) -> list[str]:
+    """Extensions of the members that `read_captions` reads."""
+    return [member_of(part) for part in key.split(JOINT)]
 
 
 def read_field(reader: ShardReader, sample: int, key: str) -> object:
@@ -68,6 +74,24 @@ def captions_of(value: object) -> list[str]:
         captions = [e.strip() for e in entries if isinstance(e, str) and e.strip()]
     if not captions:
         raise FieldError("no caption")
+    return captions
+
+
+def read_captions(reader: ShardReader, sample: int, key: str) -> list[str]:
+    """The captions of a sample's field, or of several that `key` joins by `::`, in that order.
+
+    Raises:
+        FieldError: none of the fields has one; it says why the first has not.
+    """
+    captions: list[str] = []
+    problems: list[FieldError] = []
+    for part in key.split(JOINT):
+        try:
+            captions += captions_of(read_field(reader, sample, part))
+        except FieldError as error:
+            problems.append(error)
+    if not captions:
+        raise problems[0]
     return captions
 
 

@@ -65,7 +65,8 @@ class ImageTextConfig(StreamConfig):
     """A stream of pictures with captions."""
 
     caption_key: str = "txt"
-    """Member with one caption per line, or `json:field` for a field of the json member."""
+    """Member with one caption per line, or `json:field` for a field of the json member; several
+    joined by `::` are pooled, and one named twice counts twice."""
     group_key: str | None = None
     """`json:field` (or an extension) whose equal values mark pairs that show the same thing, so
     that the losses do not treat them as negatives of each other; null leaves this off."""

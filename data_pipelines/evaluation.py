@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from data_pipelines.captions import captions_of, integer_of, member_of, read_field
+from data_pipelines.captions import integer_of, member_of, members_of, read_captions, read_field
 from data_pipelines.image_text import read_image
 from data_pipelines.shards import (
     FieldError,
@@ -52,7 +52,7 @@ class EvaluationSet(Dataset[dict[str, Any]]):
         self.index = index_shards(expand_shards(shards))
         self.index.require("picture", image_keys)
         if caption_key is not None:
-            self.index.require("caption", [member_of(caption_key)])
+            self.index.require("caption", members_of(caption_key))
         if label_key is not None:
             self.index.require("label", [member_of(label_key)])
         self.reader = ShardReader(self.index)
@@ -68,7 +68,7 @@ class EvaluationSet(Dataset[dict[str, Any]]):
         try:
             fields["captions"] = []
             if self.caption_key is not None:
-                fields["captions"] = captions_of(read_field(self.reader, index, self.caption_key))
+                fields["captions"] = read_captions(self.reader, index, self.caption_key)
             fields["label"] = -1
             if self.label_key is not None:
                 fields["label"] = self._label(index, self.label_key)

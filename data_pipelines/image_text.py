@@ -11,11 +11,12 @@ from torch import Tensor
 
 from data_pipelines.cached_embeddings import CachedEmbeddings, Side
 from data_pipelines.captions import (
-    captions_of,
     draw_caption,
     draw_number,
     group_of,
     member_of,
+    members_of,
+    read_captions,
     read_field,
 )
 from data_pipelines.config import AugmentationConfig, ImageTextConfig
@@ -56,7 +57,7 @@ class ImageTextLoader:
         cached: Mapping[Side, CachedEmbeddings] | None = None,
     ) -> None:
         index.require("picture", config.image_keys)
-        index.require("caption", [member_of(config.caption_key)])
+        index.require("caption", members_of(config.caption_key))
         if config.group_key is not None:
             index.require("group", [member_of(config.group_key)])
         self.reader, self.config, self.tokenize = ShardReader(index), config, tokenize
@@ -83,7 +84,7 @@ class ImageTextLoader:
 
     def captions(self, sample: int) -> list[str]:
         """All captions, or FieldError."""
-        return captions_of(read_field(self.reader, sample, self.config.caption_key))
+        return read_captions(self.reader, sample, self.config.caption_key)
 
     def _image(self, sample: int) -> dict[str, Tensor]:
         if "image" not in self.cached:

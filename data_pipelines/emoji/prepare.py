@@ -11,8 +11,8 @@
 15 more concepts are in no split: siblings of the 150 that would give them away.
 
 Each split is a folder with `<style>.tar`, `classnames.txt` (line i names concept label i),
-`class_prompts.json` (the caption lines of every concept, by name) and `subcategories.txt` (line i
-names subcategory label i, the same list in every split). A sample is
+`class_prompts.json` (caption lines and keywords of every concept, by name) and `subcategories.txt`
+(line i names subcategory label i, the same list in every split). A sample is
 
 - `.webp`: 64x64 RGB on white;
 - `.txt`: captions, one per line, the plain name first;
@@ -140,9 +140,9 @@ def _layout() -> tuple[dict[str, bytes], Summary]:
     everything = [picture for style in STYLES for picture in pictures[style]]
     # noto draws every concept in the order of the Unicode list, so labels follow that order.
     names = {p.record["concept"]: p.record["name"] for p in everything}
-    # The captions of a concept are the same in every style, so they are also known where a split
-    # lacks its picture.
-    captions = {p.record["concept"]: p.captions.decode().splitlines() for p in everything}
+    # Words of a concept are the same in every style, so they are also known where a split lacks its
+    # picture.
+    words = {p.record["concept"]: _words(p) for p in everything}
     subcategories = {s: i for i, s in enumerate(dict.fromkeys(_subcategory(p) for p in everything))}
 
     choice = json.loads((SOURCE / "unseen_concepts.json").read_bytes())
@@ -161,7 +161,7 @@ def _layout() -> tuple[dict[str, bytes], Summary]:
                 files[f"{split}/{style}.tar"] = _shard(kept, labels, subcategories)
                 count += len(kept)
             files[f"{split}/classnames.txt"] = _lines([names[c] for c in concepts])
-            prompts = {names[c]: list(dict.fromkeys(captions[c])) for c in concepts}
+            prompts = {names[c]: words[c] for c in concepts}
             files[f"{split}/class_prompts.json"] = _json(prompts)
             files[f"{split}/subcategories.txt"] = _lines(list(subcategories))
             summary[split] = {"pictures": count, "concepts": len(concepts)}
@@ -211,6 +211,12 @@ def _shard(
 
 def _subcategory(picture: Picture) -> str:
     return picture.record["subcategory"]
+
+
+def _words(picture: Picture) -> list[str]:
+    """Distinct caption lines and keywords: what the word bridge of `eval.yardstick` reads too."""
+    keywords = picture.record["keywords"]
+    return list(dict.fromkeys([*picture.captions.decode().splitlines(), *keywords]))
 
 
 def _lines(texts: Sequence[str]) -> bytes:

@@ -108,7 +108,7 @@ def test_labels_name_the_right_lines(
             assert parts["txt"].decode().splitlines()[0] == record["name"]
 
 
-def test_class_prompts_are_the_captions(
+def test_class_prompts_are_captions_and_keywords(
     prepared: Path, samples: dict[str, dict[str, dict[str, bytes]]]
 ) -> None:
     for split, group in samples.items():
@@ -117,10 +117,11 @@ def test_class_prompts_are_the_captions(
         assert list(prompts) == names
         for parts in group.values():
             lines = parts["txt"].decode().splitlines()
-            assert prompts[names[int(parts["cls"])]] == list(dict.fromkeys(lines))
-        for name, texts in prompts.items():  # also of concepts that this split has no picture of
-            assert texts[0] == name
-            assert all(text.startswith(f"{name}, ") for text in texts[1:])
+            keywords = json.loads(parts["json"])["keywords"]
+            expected = list(dict.fromkeys([*lines, *keywords]))
+            assert prompts[names[int(parts["cls"])]] == expected
+        # Concepts that this split has no picture of have theirs, too.
+        assert all(texts[0] == name for name, texts in prompts.items())
 
 
 def test_pictures_decode(samples: dict[str, dict[str, dict[str, bytes]]]) -> None:
