@@ -23,7 +23,9 @@ from data_pipelines.captions import (
     draw_caption,
     group_of,
     label_of,
+    members_of,
     parse_field,
+    read_captions,
     read_field,
 )
 from data_pipelines.classification import classification_stream, read_lines
@@ -296,6 +298,25 @@ def test_captions() -> None:
     for nothing in ("", " \n", [], [None], {"text": "one"}, 7):
         with pytest.raises(FieldError, match="no caption"):
             captions_of(nothing)
+
+
+def test_captions_of_several_fields_are_pooled(make_shard: MakeShard, picture: Picture) -> None:
+    records = [{"words": ["c", "d"]}, {"words": []}, {}]
+    texts = [b"a\nb", b"a", b" "]
+    shard = make_shard(
+        "several.tar",
+        [
+            (str(n), {"png": picture(n), "txt": text, "json": json.dumps(record).encode()})
+            for n, (text, record) in enumerate(zip(texts, records, strict=True))
+        ],
+    )
+    reader = ShardReader(index_shards([str(shard)]))
+    assert read_captions(reader, 0, "txt::txt::json:words") == ["a", "b", "a", "b", "c", "d"]
+    assert read_captions(reader, 0, "json:words::txt") == ["c", "d", "a", "b"]
+    assert read_captions(reader, 1, "txt::json:words") == ["a"]
+    with pytest.raises(FieldError, match="no caption"):
+        read_captions(reader, 2, "txt::json:words")
+    assert members_of("txt::json:words") == ["txt", "json"]
 
 
 def test_one_caption_costs_no_randomness() -> None:

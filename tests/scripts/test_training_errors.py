@@ -90,6 +90,10 @@ CONTRASTIVE_ERRORS = {
         ["--text.kind=hugging_face", "--text.quick_gelu=true"],
         "text.quick_gelu needs text.kind open_clip",
     ),
+    "blocks of another kind": (
+        ["--text.kind=bag_of_words", "--text.moe_blocks=1"],
+        "text.moe_blocks needs text.kind open_clip",
+    ),
     "classes of an encoder": (
         ['--image.arguments={"num_classes": 3}'],
         "image.arguments must not set num_classes",
