@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.installed
 
 help:
 	@echo "make demo       install, train and evaluate on the embedded pictures, write runs/demo/report.html"
-	@echo "make demo-long  the same with presets that take about half an hour"
+	@echo "make demo-long  the same with presets that take about 20 minutes"
 	@echo "make test       install and run all tests"
 	@echo "make bench      time and memory of the routed layers on the CPU (bench-gpu: on a GPU)"
 	@echo "make bench-loss time and memory of the contrastive losses, alone and on several processes"
@@ -27,7 +27,7 @@ demo: install
 
 demo-long: install
 	$(BIN)/python -m scripts.demo --run_dir runs/demo_long --pretrain configs/demo_long_pretrain.yaml \
-		--contrastive configs/demo_long.yaml
+		--contrastive configs/demo_long.yaml --evaluate configs/demo_long_evaluate.yaml
 
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2

@@ -1,7 +1,7 @@
 """The whole pipeline on the embedded emoji pictures: pretrain, train contrastively, evaluate, show.
 
     python -m scripts.demo
-    python -m scripts.demo --contrastive configs/demo_long.yaml --run_dir runs/demo_long
+    make demo-long
 
 Every stage is one of the project's commands, printed before it runs. Interrupted, the same command
 goes on where it stopped.
