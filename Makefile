@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.installed
 
 help:
 	@echo "make demo       install, train and evaluate on the embedded pictures, write runs/demo/report.html"
-	@echo "make demo-long  the same with presets that take about 20 minutes"
+	@echo "make demo-long  the same with presets that take about half an hour"
 	@echo "make test       install and run all tests"
 	@echo "make bench      time and memory of the routed layers on the CPU (bench-gpu: on a GPU)"
 	@echo "make bench-loss time and memory of the contrastive losses, alone and on several processes"
