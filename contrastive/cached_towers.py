@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from contrastive.config import ImageTowerConfig, TextTowerConfig
 from encoders.clip_model import ARGUMENTS
 from encoders.hugging_face_text import TOKENIZER_FILES, text_model_folder
+from encoders.sparse_base import images_routed_together
 from training.objective import Batch
 
 # What a tokenizer reads besides its vocabulary.
@@ -75,6 +76,15 @@ def _project(projection: nn.Module, embeddings: Tensor) -> Tensor:
     return projection(embeddings.to(next(projection.parameters()).dtype))
 
 
+def refuse_mixed_pictures(trunk: nn.Module) -> None:
+    """Raise ValueError for a trunk whose output for a picture depends on the others of a batch."""
+    if images_routed_together(trunk) > 1:
+        raise ValueError(
+            "image embeddings cannot be cached: the tower routes several pictures as one group, so"
+            " they depend on each other; pretrain it with router_options group_size 1"
+        )
+
+
 def image_embeddings(model: Any, pixels: Tensor) -> Tensor:
     """What the projection of the image tower reads: normalised (b, 3, H, W) to (b, d)."""
     return model.visual.trunk(pixels)
@@ -103,6 +113,7 @@ def tower_fingerprint(
     """
     if side == "image":
         trunk = model.visual.trunk
+        refuse_mixed_pictures(trunk)
         settings = trunk.pretrained_cfg
         return {
             "tower": model_config["vision_cfg"]["timm_model_name"],

@@ -16,6 +16,8 @@ class ImageTowerConfig:
     """Further arguments of the model, as model.arguments of pretraining, such as {router:
     tokens_choice, num_experts: 32, img_size: 64}. With any, open_clip 3.3 cannot open the run; our
     commands can."""
+    pooling: Literal["avg", "token", "map"] = "avg"
+    """What the head reads: mean of the tokens, class token, or the model's attention pool."""
     projection: Literal["linear", "mlp"] = "linear"
     """Head on the model: a linear map, or two with a GELU between."""
     init_from: str | None = None

@@ -37,6 +37,7 @@ def model_config(
             image.arguments,
             image.drop_path,
             image.patch_dropout,
+            image.pooling,
             image.projection,
             setting="image.arguments",
         ),

@@ -5,7 +5,7 @@ negatives. So the features of all parts are computed first, without gradients; t
 the global batch and its gradient by the features; then every part once more, with gradients, from
 the random state it had, and that gradient is carried on into the towers (Gao et al., 2021, arXiv
 2101.06983). A second forward pass is the price; activations of one part are all that is kept. A
-tower that is frozen as a whole runs once: the second pass begins at its embeddings.
+frozen image trunk or Hugging Face model runs once: the second pass begins at its embeddings.
 """
 
 from __future__ import annotations

@@ -19,6 +19,7 @@ from contrastive.config import ImageTowerConfig, TextTowerConfig
 from contrastive.weight_sources import (
     Source,
     check_image_description,
+    check_pixels,
     check_text_description,
     image_source,
     text_source,
@@ -91,6 +92,7 @@ def load_image_tower(
     source = image_source(image.init_from)
     check_image_description(source, config["vision_cfg"])
     trunk = model.visual.trunk
+    check_pixels(source, trunk.pretrained_cfg)
     tensors, left_out = dict(source.tensors), ()
     if not source.whole:
         tensors, left_out = _without_classifier(trunk, tensors)

@@ -25,6 +25,7 @@ from encoders.auxiliary_losses import add_auxiliary_losses, routed_layers
 from encoders.pixels import Normalize
 from encoders.routed_layer import RoutedLayer
 from encoders.routing_statistics import RoutingMonitor
+from encoders.sparse_base import images_routed_together
 from encoders.temperature import changing_temperatures, set_training_step, temperature_metrics
 from training.objective import Batch, Metrics, Objective
 
@@ -165,6 +166,12 @@ class ContrastiveObjective(Objective):
                     " batch, so that parts would not add up to it; choose a tower without batch"
                     " norm, or freeze it"
                 )
+        rows, group = global_batch // (parts * world_size()), images_routed_together(self.model)
+        if rows % group:
+            raise ValueError(
+                f"train.accumulation makes parts of {rows} samples, no multiple of the {group} that"
+                " the towers route as one group: change it, train.batch_size or group_size"
+            )
         return f"gradient caching; negatives of each pair are the global batch's {global_batch - 1}"
 
     def part_losses(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +24,7 @@ from encoders.variants import input_size
 from training.checkpoint import CheckpointError, load_tensors, newest_checkpoint
 
 LOCAL_PREFIX = "local-dir:"
+PIXELS = "pixels"  # where a description of ours keeps mean and std
 CLIP_FILE, TIMM_FILE = "open_clip_config.json", "config.json"
 CLIP_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors")
 TIMM_WEIGHTS = ("model.safetensors",)
@@ -68,6 +70,7 @@ def image_source(source: str) -> Source:
     path = _resolve(source, "image.init_from")
     if (path / CLIP_FILE).is_file():
         description = _read_model_config(path)["vision_cfg"]
+        description[PIXELS] = _pixels(_read_json(path / CLIP_FILE).get("preprocess_cfg", {}))
         if not description.get("timm_model_name"):
             raise CheckpointError(
                 f"image.init_from: the image tower of '{path}' is open_clip's own, towers here are"
@@ -126,8 +129,8 @@ def check_image_description(source: Source, vision: Mapping[str, Any]) -> None:
     pool = source.description.get("timm_pool", vision["timm_pool"])
     if pool != vision["timm_pool"]:
         raise CheckpointError(
-            f"image.init_from: '{source.name}' pools its tokens by '{pool}', towers here by"
-            f" '{vision['timm_pool']}': choose other weights"
+            f"image.init_from: '{source.name}' pools its tokens by '{pool}', the tower here by"
+            f" '{vision['timm_pool']}': set image.pooling accordingly, or choose other weights"
         )
 
 
@@ -204,10 +207,33 @@ def _read_timm_description(path: Path) -> dict[str, Any]:
     if "architecture" not in content:
         raise CheckpointError(f"'{path}' describes no timm model: it lacks architecture")
     arguments = content.get("model_args") or {}
-    return {
+    description = {
         "timm_model_name": content["architecture"],
         ARGUMENTS: {name: value for name, value in arguments.items() if name not in DESCRIBED},
     }
+    pool = arguments.get("global_pool", content.get("global_pool"))
+    if pool is not None:
+        description["timm_pool"] = pool
+    return description | {PIXELS: _pixels(content.get("pretrained_cfg") or {})}
+
+
+def _pixels(settings: Mapping[str, Any]) -> dict[str, list[float]]:
+    """Mean and standard deviation of the pixels, as far as they are told."""
+    return {name: list(settings[name]) for name in ("mean", "std") if settings.get(name)}
+
+
+def check_pixels(source: Source, settings: Mapping[str, Any]) -> None:
+    """Raise CheckpointError for weights that were trained on pixels of another normalisation.
+
+    Args:
+        settings: with the `mean` and `std` of the tower.
+    """
+    for name, needed in source.description.get(PIXELS, {}).items():
+        if not all(map(math.isclose, needed, settings[name])):
+            raise CheckpointError(
+                f"image.init_from: '{source.name}' was trained with pixel {name} {needed}, the"
+                f" model here has {list(settings[name])}: choose a model and weights that agree"
+            )
 
 
 def _read_json(path: Path) -> dict[str, Any]:

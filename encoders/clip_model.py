@@ -39,6 +39,7 @@ def vision_config(
     arguments: Mapping[str, Any],
     drop_path: float = 0.0,
     patch_dropout: float = 0.0,
+    pooling: Literal["avg", "token", "map"] = "avg",
     projection: Literal["linear", "mlp"] = "linear",
     setting: str = "arguments",
 ) -> dict[str, Any]:
@@ -49,6 +50,7 @@ def vision_config(
         arguments: of its constructor; with any, open_clip 3.3 cannot open the model.
         drop_path: stochastic depth rate of the last block.
         patch_dropout: share of patches dropped in training.
+        pooling: mean of the tokens, class token, or the model's attention pool.
         projection: a linear map to the joint space, or two with a GELU between.
         setting: what messages call `arguments`.
 
@@ -61,7 +63,7 @@ def vision_config(
     config: dict[str, Any] = {
         "timm_model_name": name,
         "timm_model_pretrained": False,
-        "timm_pool": "avg",
+        "timm_pool": pooling,
         "timm_proj": projection,
         "image_size": input_size(name, arguments),
     }
@@ -111,9 +113,15 @@ def build_clip(model_config: Mapping[str, Any], output_dict: bool = False) -> Cu
     if words:
         text |= SMALLEST_TEXT
     changes: Any = {"text_cfg": text, "vision_cfg": PLACEHOLDER if ARGUMENTS in vision else vision}
-    model: Any = CustomTextCLIP(**config | changes, output_dict=output_dict)
-    if ARGUMENTS in vision:
-        model.visual = TimmTower(config["embed_dim"], vision)
+    try:
+        model: Any = CustomTextCLIP(**config | changes, output_dict=output_dict)
+        if ARGUMENTS in vision:
+            model.visual = TimmTower(config["embed_dim"], vision)
+    except AssertionError as error:  # timm's answer to a pooling that the model has no parts for
+        raise ValueError(
+            f"{vision['timm_model_name']} cannot pool by '{vision['timm_pool']}': choose another"
+            " image.pooling"
+        ) from error
     if words:
         sizes = {name: config["text_cfg"][name] for name in BAG_SIZES}
         model.text = BagOfWords(embed_dim=config["embed_dim"], **sizes)

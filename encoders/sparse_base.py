@@ -20,7 +20,7 @@ from abc import abstractmethod
 from typing import NamedTuple, Unpack
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from encoders.routed_layer import ExpertOptions, RoutedLayer
 from encoders.soft_moe import lecun_normal_
@@ -185,3 +185,9 @@ class SparseMoE(RoutedLayer):
                 f" group_size to {math.gcd(batch, self.group_size)} or 1, or change the batch"
             )
         return math.gcd(batch, self.group_size)
+
+
+def images_routed_together(model: nn.Module) -> int:
+    """The number of images that batches of `model` are a multiple of, if none is to be routed with
+    fewer others than its layers want; 1 where no image depends on another."""
+    return math.lcm(*(m.group_size for m in model.modules() if isinstance(m, SparseMoE)))

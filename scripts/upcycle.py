@@ -94,14 +94,13 @@ def _check(config: Upcycling) -> Path:
 
 def _write(model: Any, name: str, out: Path) -> None:
     """A folder as classification runs write their checkpoints."""
-    from safetensors.torch import save_file
-
     from classification.config import ClassifierConfig
     from classification.objective import ClassificationObjective
+    from training.checkpoint import save_tensors
 
     out.mkdir(parents=True, exist_ok=True)
     objective = ClassificationObjective(model, ClassifierConfig(name), model.num_classes)
-    save_file(model.state_dict(), out / objective.weights_file, metadata={"format": "pt"})
+    save_tensors(model.state_dict(), out / objective.weights_file)
     for file, content in objective.config_files().items():
         (out / file).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 

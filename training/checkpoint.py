@@ -101,6 +101,14 @@ def restore_random_state(state: dict[str, Tensor]) -> None:
         torch.cuda.set_rng_state(state["cuda"])
 
 
+def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """Write a safetensors file with the mode of any new file; safetensors makes its owner's own."""
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(tensors, path, metadata={"format": "pt"})
+    path.chmod(mode)
+
+
 class CheckpointWriter:
     """Writes one checkpoint: `begin` on the main process, `add_*` anywhere, `publish` on main."""
 
@@ -116,7 +124,7 @@ class CheckpointWriter:
     def add_tensors(self, name: str, tensors: dict[str, Tensor]) -> None:
         path = self.partial / name
         path.parent.mkdir(exist_ok=True)
-        save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, path)
+        save_tensors({key: v.detach().cpu().contiguous() for key, v in tensors.items()}, path)
 
     def add_json(self, name: str, content: dict[str, Any]) -> None:
         path = self.partial / name

@@ -16,6 +16,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from contrastive import grad_cache
+from contrastive.cached_towers import tower_fingerprint
 from contrastive.config import ContrastiveConfig, ImageTowerConfig, TextTowerConfig
 from contrastive.dual_encoder import build_dual_encoder, model_config
 from contrastive.objective import ContrastiveObjective
@@ -283,3 +284,19 @@ def test_batch_norm_is_not_split() -> None:
     trunk = model.visual.trunk
     frozen = ContrastiveObjective(model, description, config, HALF, HALF, (trunk,))
     assert "global batch" in frozen.check_accumulation(2, 8)
+
+
+def test_parts_that_would_route_other_pictures_together_are_refused() -> None:
+    router = {"router": "tokens_choice", "router_options": {"group_size": 4}}
+    image = ImageTowerConfig("soft_moe_vit_test_patch16_64", arguments=router)
+    text = TextTowerConfig(width=16, heads=2, layers=1, context_length=8)
+    config = ContrastiveConfig(embed_dim=8)
+    description = model_config(image, text, config)
+    model = build_dual_encoder(description)
+    frozen = (model.visual.trunk,)
+    objective = ContrastiveObjective(model, description, config, HALF, HALF, frozen)
+    assert "global batch" in objective.check_accumulation(2, 8)
+    with pytest.raises(ValueError, match="parts of 2 samples, no multiple of the 4"):
+        objective.check_accumulation(4, 8)
+    with pytest.raises(ValueError, match="cannot be cached: the tower routes several pictures"):
+        tower_fingerprint(model, description, "image")

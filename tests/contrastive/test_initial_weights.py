@@ -192,16 +192,32 @@ def test_a_name_of_the_hub_is_found_in_its_cache(
         refs = tmp_path / f"models--someone--{name}" / "refs"
         refs.mkdir()
         (refs / "main").write_text("0123abcd")
-    model, _ = start({"name": "test_vit", "init_from": "hf-hub:someone/vit"})
-    assert_equal(
-        model.visual.trunk,
-        {n: v for n, v in classifier.state_dict().items() if n[:5] != "head."},
-    )
+    vit = {"name": "test_vit", "init_from": "hf-hub:someone/vit"}
+    model, _ = start(vit | {"pooling": "token"})
+    images = torch.rand(2, 3, 160, 160)
+    expected = classifier.eval().forward_head(classifier.forward_features(images), pre_logits=True)
+    assert torch.equal(model.eval().visual.trunk(images), expected)
+    refused("pools its tokens by 'token', the tower here by 'avg': set image.pooling", image=vit)
     both = {"init_from": "hf-hub:someone/clip"}
     model, lines = start(both, TINY | both)
     assert_equal(model.text, inside(dual_encoder[1], "text."))
     assert all("tensors from" in line for line in lines)
     refused("'someone/none' is no folder here", image={"init_from": "hf-hub:someone/none"})
+
+
+def test_weights_of_other_pixels_are_refused(tmp_path: Path) -> None:
+    classifier = timm.create_model(TEST, num_classes=3)
+    classifier.pretrained_cfg = {**classifier.pretrained_cfg, "mean": (0.1, 0.2, 0.3)}
+    save_for_hf(classifier, str(tmp_path), safe_serialization=True)
+    refused(
+        r"trained with pixel mean \[0.1, 0.2, 0.3\], the model here has \[0.5, 0.5, 0.5\]",
+        image={"init_from": str(tmp_path)},
+    )
+
+
+def test_a_pooling_without_its_parts_is_refused() -> None:
+    refused(f"{TEST} cannot pool by 'token': choose another image.poo", image={"pooling": "token"})
+    refused(f"{TEST} cannot pool by 'map'", image={"pooling": "map", "arguments": {"img_size": 32}})
 
 
 def test_a_dual_encoder_gives_its_towers(dual_encoder: tuple[Path, dict[str, Tensor]]) -> None:
