@@ -36,6 +36,7 @@ from typing import Any
 
 import psutil
 import torch
+from timm.layers import GELUTanh
 from torch import Tensor, nn
 
 from encoders.expert_products import batched_expert_mlp
@@ -101,7 +102,8 @@ def others(experts: int, slots: int) -> tuple[Case, ...]:
     )
 
 
-DENSE = Case("dense MLP", "timm.layers", "Mlp")
+# The dense twin of our vision transformers has tanh GELU, as the reference and our experts.
+DENSE = Case("dense MLP", "timm.layers", "Mlp", {"act_layer": GELUTanh})
 TOKENS_CHOICE = Case("TokensChoice 32", "encoders.sparse_moe", "TokensChoice", {"num_experts": 32})
 EXPERTS_CHOICE = replace(TOKENS_CHOICE, label="ExpertsChoice 32", name="ExpertsChoice")
 SPARSE = tuple(replace(case, against=DENSE.label) for case in (TOKENS_CHOICE, EXPERTS_CHOICE))
@@ -118,9 +120,10 @@ def build(case: Case, width: int) -> nn.Module:
     """The layer with experts of hidden width 4 * width."""
     layer = getattr(importlib.import_module(case.module), case.name)
     if case.name == "Mlp":
-        return layer(width, 4 * width)
+        return layer(width, 4 * width, **case.arguments)
     if case.name == "SoftMoELayerWrapper":  # takes the expert's class and its arguments
-        expert = partial(build, DENSE, width)
+        # With torch's default GELU, which is its faster one on some CPUs.
+        expert = partial(build, replace(DENSE, arguments={}), width)
         return layer(width, layer=expert, **case.arguments)
     return layer(width, **case.arguments)
 
