@@ -15,6 +15,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from encoders.experts import ExpertMLP
@@ -115,7 +116,8 @@ def _flops(model: nn.Module, batch: int, image_size: tuple[int, int]) -> float:
             return sum(image_flops(model, image_size).values())
         except ValueError:  # a part without closed form
             pass
-    with FlopCounterMode(display=False) as counter:
+    # torch 2.11 does not count its fused attention on the CPU.
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         _run_fake(model, batch, image_size)
     return counter.get_total_flops() / batch
 

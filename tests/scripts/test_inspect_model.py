@@ -10,6 +10,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from contrastive.config import ContrastiveConfig, ImageTowerConfig, TextTowerConfig
@@ -125,7 +126,9 @@ def test_sizes_of_other_routers(router: str, per_image: int) -> None:
     real = timm.create_model(TEST, num_classes=0, router=router, **options).eval()
     layer: Any = real.blocks[1].mlp
     batch = getattr(layer, "group_size", 1)
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    # torch 2.11 does not count its fused attention on the CPU.
+    attention = sdpa_kernel(SDPBackend.MATH)
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), attention:
         real(torch.zeros(batch, 3, 48, 16))
     assert sizes.flops == counter.get_total_flops() / batch
     assert sizes.activation_bytes > 0
