@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from open_clip.hf_model import HFTextEncoder
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
@@ -151,6 +152,8 @@ class ContrastiveObjective(Objective):
 
     def _check_wrapped(self) -> None:
         if not (self.training and torch.is_grad_enabled() and world_size() > 1):
+            return
+        if isinstance(self, FSDPModule):  # is its own wrapper
             return
         if DistributedDataParallel._get_active_ddp_module() is None:
             raise RuntimeError(

@@ -14,11 +14,14 @@ from accelerate.utils import DistributedType, set_seed
 
 from data_pipelines.shards import describe_skips
 from data_pipelines.stream import Stream
+from encoders.expert_parallel import split_experts
 from scripts.cli import plain_settings, save_config
 from training.checkpoint import CheckpointError, newest_checkpoint, verify_checkpoint
+from training.fsdp import ShardedLayout, take_over_launcher
 from training.loop import Trainer
 from training.machine import available_cores, local_processes, plan_cores
 from training.objective import Evaluator, Objective
+from training.parallel import ExpertParallelLayout, Layout
 from training.run_directory import SETTINGS, check_run_directory, write_environment
 from training.run_log import run_log, say
 
@@ -34,13 +37,14 @@ class Launch:
         precision = {"fp32": "no"}.get(config.train.precision, config.train.precision)
         if precision == "fp16" and not torch.cuda.is_available():
             raise ValueError("train.precision fp16 needs a GPU: choose fp32 or bf16")
+        self.fsdp = take_over_launcher() or config.train.fsdp
         self.accelerator = Accelerator(mixed_precision=precision)
         kind = self.accelerator.distributed_type
         if kind not in SUPPORTED:
             raise ValueError(
-                f"accelerate was configured for {kind.value}; only plain data parallelism is"
-                " supported (no FSDP or DeepSpeed): run `accelerate config` again, or launch with"
-                " --multi_gpu"
+                f"accelerate was configured for {kind.value}; only plain data parallelism and"
+                " FSDP2 are supported (no FSDP1 or DeepSpeed): run `accelerate config` again, or"
+                " launch with --multi_gpu, or with --use_fsdp --fsdp_version 2"
             )
         # The loop divides by its own accumulation; a setting of accelerate's must not do it again.
         self.accelerator.gradient_accumulation_steps = 1
@@ -112,6 +116,7 @@ class Launch:
             self.accelerator,
             self.run_dir,
             self.resume,
+            self._layout(),
         )
         if trainer.step < config.train.steps:
             if main:  # only now, so that settings that are refused leave no folder behind
@@ -126,6 +131,24 @@ class Launch:
             print(f"already at step {trainer.step} of {steps}: nothing left to train")
         if self.accelerator.num_processes > 1:
             self.accelerator.end_training()
+
+    def _layout(self) -> Layout:
+        """How parameters lie on the processes.
+
+        Raises:
+            ValueError: the settings do not go together, or do not suit the processes.
+        """
+        degree = self.config.train.expert_parallel
+        if self.fsdp and degree != 1:
+            raise ValueError(
+                "train.fsdp and train.expert_parallel both divide the experts: set train.fsdp to"
+                " false or train.expert_parallel to 1"
+            )
+        if degree != 1:
+            return ExpertParallelLayout(degree, split_experts, self.accelerator)
+        if self.fsdp and self.accelerator.num_processes > 1:
+            return ShardedLayout(self.accelerator)
+        return Layout()
 
     def _prepare_folder(self) -> None:
         self.run_dir.mkdir(parents=True, exist_ok=True)

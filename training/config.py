@@ -53,6 +53,12 @@ class TrainConfig:
     """Parts into which each process splits its share of a batch, to save memory; gradients stay
     those of the whole batch. Contrastive training pays with a second forward pass."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    expert_parallel: int = 1
+    """Processes that share one copy of the experts, each with an equal part (docs/scaling.md); must
+    divide the number of processes and the experts of every routed layer."""
+    fsdp: bool = False
+    """Divide all parameters among all processes, block by block (docs/scaling.md); the same as
+    `accelerate launch --use_fsdp --fsdp_version 2`."""
     log_every: int = 20
     """Steps between lines of metrics.jsonl."""
     log_routing: bool = True

@@ -42,6 +42,7 @@ from training.objective import (
     split_batch,
 )
 from training.optim import build_optimizer
+from training.parallel import Layout
 from training.progress import Progress
 from training.run_directory import MetricsWriter, check_tensorboard
 from training.run_log import LOGGER, say
@@ -55,6 +56,7 @@ class Trainer:
         accelerator: device, precision and processes.
         run_dir: an existing folder; receives metrics, evaluations and checkpoints.
         resume: a verified checkpoint of the same run to continue from, or None.
+        layout: how parameters lie on the processes; whole on each when None.
 
     Raises:
         ValueError: settings that cannot work together.
@@ -72,7 +74,9 @@ class Trainer:
         accelerator: Accelerator,
         run_dir: Path,
         resume: Path | None = None,
+        layout: Layout | None = None,
     ) -> None:
+        self.layout = layout or Layout()
         self.objective, self.stream, self.evaluators = objective, stream, evaluators
         self.train, self.optim, self.schedule = train, optimizer, schedule
         self.accelerator, self.run_dir = accelerator, run_dir
@@ -81,7 +85,7 @@ class Trainer:
         self.optimizer = build_optimizer(
             objective, {f"model.{name}" for name in model_names}, optimizer
         )
-        objective.to(accelerator.device)
+        self.layout.place(objective, accelerator.device)
         self.step = 0
         self.skipped: Counter[str] = Counter()
         self.last_checkpoint: Path | None = resume
@@ -90,7 +94,8 @@ class Trainer:
         if resume is not None:
             self._load(resume)
         self.wrapped: nn.Module
-        self.wrapped, self.updater = accelerator.prepare(objective, self.optimizer)
+        self.sizes = [(p.numel(), p.requires_grad) for p in objective.parameters()]
+        self.wrapped, self.updater = self.layout.prepare(accelerator, objective, self.optimizer)
         self.writer: MetricsWriter | None = None
 
     def _check_settings(self) -> None:
@@ -167,8 +172,8 @@ class Trainer:
         train, samples = self.train, len(self.stream)
         if not self.accelerator.is_main_process:
             return
-        total = sum(p.numel() for p in self.objective.parameters())
-        trained = sum(p.numel() for p in self.objective.parameters() if p.requires_grad)
+        total = sum(size for size, _ in self.sizes)
+        trained = sum(size for size, is_trained in self.sizes if is_trained)
         say(
             f"{train.steps} steps of {train.batch_size} samples"
             f" = {train.steps * train.batch_size / samples:.1f} epochs of {samples};"
@@ -199,7 +204,7 @@ class Trainer:
         self.objective.before_step(self.step)
         results = self._backward(split_batch(batch, self.train.accumulation))
         limit = self.optim.clip_norm or math.inf
-        norm = torch.as_tensor(self.accelerator.clip_grad_norm_(self.wrapped.parameters(), limit))
+        norm = self.layout.clip(self.accelerator, self.wrapped, limit)
         loss = torch.stack([loss for loss, _ in results]).mean()
         metrics = {
             name: torch.stack([metrics[name] for _, metrics in results]).mean()
@@ -262,7 +267,11 @@ class Trainer:
         self.objective.eval()
         outside = random_state()
         figures: dict[str, float | None] = {}
-        with torch.inference_mode(), self.accelerator.autocast():
+        with (
+            self.layout.whole_weights(self.objective),
+            torch.inference_mode(),
+            self.accelerator.autocast(),
+        ):
             for evaluator in self.evaluators:
                 for name, value in evaluator(self.objective.model).items():
                     figures[f"{evaluator.name}/{name}"] = value
@@ -327,10 +336,12 @@ class Trainer:
         self.guard.verify(self.step)
         writer = CheckpointWriter(self.run_dir / "checkpoints", self.step)
         state = self.state()
+        weights = self.layout.whole(self.objective.model.state_dict())
+        optimizer = self.layout.whole(optimizer_tensors(self.optimizer, self.objective))
         if accelerator.is_main_process:
             writer.begin()
-            writer.add_tensors(self.objective.weights_file, self.objective.model.state_dict())
-            writer.add_tensors(OPTIMIZER, optimizer_tensors(self.optimizer, self.objective))
+            writer.add_tensors(self.objective.weights_file, weights)
+            writer.add_tensors(OPTIMIZER, optimizer)
             writer.add_json(STATE, state)
             for name, content in self.objective.config_files().items():
                 writer.add_json(name, content)
