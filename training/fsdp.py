@@ -24,6 +24,8 @@ from training.parallel import Layout, Prepared, average, clip_divided, move_stat
 
 # What modules call the names of their parameters that must not be rounded.
 FLOAT32 = "float32_parameters"
+# What Accelerate calls features that it would add to FSDP2.
+UNSUPPORTED = ("FSDP_OFFLOAD_PARAMS", "FSDP_ACTIVATION_CHECKPOINTING")
 
 
 class ShardedLayout(Layout):
@@ -176,9 +178,18 @@ def take_over_launcher(environment: MutableMapping[str, str] = os.environ) -> bo
 
     Removes Accelerate's switch, so that it prepares a plain data-parallel run. FSDP1 stays with
     Accelerate.
+
+    Raises:
+        ValueError: Accelerate was asked for something of FSDP2 that this module does not do.
     """
     asked = environment.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
     if not asked or environment.get("FSDP_VERSION", "1") != "2":
         return False
+    for name in UNSUPPORTED:
+        if environment.get(name, "false").lower() == "true":
+            raise ValueError(
+                f"accelerate was configured with {name.lower()}, which is not supported: set it to"
+                " false"
+            )
     del environment["ACCELERATE_USE_FSDP"]
     return True
