@@ -75,11 +75,16 @@ class ShardedLayout(Layout):
         parts = [g.to_local() for g in gradients if isinstance(g, DTensor)]
         return clip_divided(parts, whole, self.group, limit)
 
-    def whole(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {
-            name: value.full_tensor() if isinstance(value, DTensor) else value
-            for name, value in tensors.items()
-        }
+    def whole(self, tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
+        found = {}
+        for name, value in tensors.items():
+            if isinstance(value, DTensor):
+                value = value.full_tensor()
+                if keep:
+                    value = value.cpu()
+            if keep:
+                found[name] = value
+        return found
 
     @contextmanager
     def whole_weights(self, objective: Objective) -> Iterator[None]:

@@ -263,6 +263,8 @@ class Trainer:
 
     def evaluate(self) -> dict[str, float | None]:
         """Run all evaluators on the model in eval mode; training continues as if they had not."""
+        if not self.evaluators:  # divided parameters need not be made whole for nothing
+            return {}
         was_training = self.objective.training
         self.objective.eval()
         outside = random_state()
@@ -336,8 +338,9 @@ class Trainer:
         self.guard.verify(self.step)
         writer = CheckpointWriter(self.run_dir / "checkpoints", self.step)
         state = self.state()
-        weights = self.layout.whole(self.objective.model.state_dict())
-        optimizer = self.layout.whole(optimizer_tensors(self.optimizer, self.objective))
+        main = accelerator.is_main_process
+        weights = self.layout.whole(self.objective.model.state_dict(), main)
+        optimizer = self.layout.whole(optimizer_tensors(self.optimizer, self.objective), main)
         if accelerator.is_main_process:
             writer.begin()
             writer.add_tensors(self.objective.weights_file, weights)

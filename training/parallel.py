@@ -44,14 +44,16 @@ class Layout:
         """Finish the gradients of a step, and clip them; the global norm before, 0-D."""
         return torch.as_tensor(accelerator.clip_grad_norm_(wrapped.parameters(), limit))
 
-    def whole(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def whole(self, tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
         """Whole tensors for a checkpoint; every process calls this, with the same names.
 
         Args:
             tensors: by the name of a parameter or buffer of the objective, of the model alone, or
                 `<name>::<key>` for the optimizer's state.
+            keep: whether this process, the first of all or none, wants them; others get none. What
+                was divided is brought to the CPU one by one.
         """
-        return dict(tensors)
+        return dict(tensors) if keep else {}
 
     @contextmanager
     def whole_weights(self, objective: Objective) -> Iterator[None]:
@@ -124,15 +126,15 @@ class ExpertParallelLayout(Layout):
         whole = [gradient for gradient in gradients if id(gradient) not in own]
         return clip_divided(divided, whole, self.parts, limit)
 
-    def whole(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        names = set(self._divided)
-        names |= {name.removeprefix("model.") for name in self._divided}
-        return {
-            name: gather_parts(value, self.parts)
-            if value.ndim and name.partition("::")[0] in names
-            else value
-            for name, value in tensors.items()
-        }
+    def whole(self, tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
+        names = {name.removeprefix(prefix) for name in self._divided for prefix in ("", "model.")}
+        divided = {n for n, v in tensors.items() if v.ndim and n.partition("::")[0] in names}
+        found = {n: v for n, v in tensors.items() if keep and n not in divided}
+        for name in sorted(divided) if self.copies.rank() == 0 else ():  # one copy is enough
+            value = gather_parts(tensors[name], self.parts)
+            if keep:
+                found[name] = value.cpu()
+        return found
 
     @contextmanager
     def whole_weights(self, objective: Objective) -> Iterator[None]:
