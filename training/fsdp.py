@@ -40,6 +40,8 @@ class ShardedLayout(Layout):
         ValueError: gradients are to be scaled for fp16.
     """
 
+    description = ", all parameters divided"
+
     def __init__(self, accelerator: Accelerator) -> None:
         if accelerator.scaler is not None:
             raise ValueError("train.fsdp cannot scale gradients for fp16: choose bf16 or fp32")

@@ -26,6 +26,13 @@ Prepared = tuple[nn.Module, Any]
 class Layout:
     """Every process holds every parameter; gradients are averaged by DistributedDataParallel."""
 
+    description = ""
+    """What the start-up log says about it."""
+
+    def size(self, parameter: nn.Parameter) -> int:
+        """Numbers of the whole parameter."""
+        return parameter.numel()
+
     def place(self, objective: Objective, device: torch.device) -> None:
         """Move the objective to the device, unless `prepare` moves what is left of it."""
         objective.to(device)
@@ -97,7 +104,12 @@ class ExpertParallelLayout(Layout):
             accelerator.device.type, (processes // degree, degree), mesh_dim_names=("copy", "part")
         )
         self.copies, self.parts = mesh.get_group("copy"), mesh.get_group("part")
+        self.description = f", experts divided among {degree} processes each"
         self._divided: dict[str, nn.Parameter] = {}
+
+    def size(self, parameter: nn.Parameter) -> int:
+        divided = any(parameter is one for one in self._divided.values())
+        return parameter.numel() * (self.degree if divided else 1)
 
     def place(self, objective: Objective, device: torch.device) -> None:
         """Nothing yet: whole experts might not fit on the device."""

@@ -237,18 +237,20 @@ class Detailed(Regression):
 
 
 @pytest.mark.parametrize("log_routing", [True, False])
-def test_details_are_asked_for_in_logged_steps(tmp_path: Path, log_routing: bool) -> None:
+def test_details_are_asked_for_in_logged_steps(
+    tmp_path: Path, log_routing: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     trainer = make_trainer(
         tmp_path, Detailed, steps=5, log_every=3, accumulation=2, log_routing=log_routing
     )
     asked = []
     update = trainer._update
 
-    def spy(batch: Batch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    def spy(batch: Batch, step: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         asked.append(trainer.objective.wants_details)
-        return update(batch)
+        return update(batch, step)
 
-    trainer._update = spy
+    monkeypatch.setattr(trainer, "_update", spy)
     trainer.fit()
     assert asked == [log_routing and step in (1, 3, 5) for step in range(1, 6)]
     rows = metrics(tmp_path)

@@ -1,0 +1,137 @@
+"""What a run saves of itself, and how it gets it back."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from training.checkpoint import (
+    OPTIMIZER,
+    STATE,
+    CheckpointError,
+    CheckpointWriter,
+    load_optimizer_tensors,
+    load_tensors,
+    load_weights,
+    optimizer_tensors,
+    prune_checkpoints,
+    random_state,
+    read_state,
+)
+from training.finite import FiniteGuard
+from training.objective import Objective, TrainingStream
+from training.parallel import Layout
+
+
+class Position(NamedTuple):
+    """Where a run stands: steps done, skipped samples by reason, the state of every generator."""
+
+    step: int
+    skipped: Counter[str]
+    random: dict[str, Tensor] | None
+
+
+class Saver:
+    """Writes and loads the checkpoints of one run; every process calls every method."""
+
+    def __init__(
+        self,
+        folder: Path,
+        objective: Objective,
+        optimizer: torch.optim.Optimizer,
+        stream: TrainingStream,
+        accelerator: Accelerator,
+        guard: FiniteGuard,
+        layout: Layout,
+        *,
+        keep_last: int,
+    ) -> None:
+        self.folder, self.objective, self.optimizer = folder, objective, optimizer
+        self.stream, self.accelerator, self.guard = stream, accelerator, guard
+        self.layout, self.keep_last = layout, keep_last
+
+    def write(self, step: int, samples: int, skipped: Counter[str]) -> CheckpointWriter:
+        """Write everything but the name of the checkpoint of `step`."""
+        accelerator = self.accelerator
+        self.guard.verify(step)
+        writer = CheckpointWriter(self.folder, step)
+        state = self._state(step, samples, skipped)
+        main = accelerator.is_main_process
+        weights = self.layout.whole(self.objective.model.state_dict(), main)
+        optimizer = self.layout.whole(optimizer_tensors(self.optimizer, self.objective), main)
+        if main:
+            writer.begin()
+            writer.add_tensors(self.objective.weights_file, weights)
+            writer.add_tensors(OPTIMIZER, optimizer)
+            writer.add_json(STATE, state)
+            for name, content in self.objective.config_files().items():
+                writer.add_json(name, content)
+        accelerator.wait_for_everyone()
+        writer.add_tensors(f"rng/rank_{accelerator.process_index}.safetensors", random_state())
+        accelerator.wait_for_everyone()
+        return writer
+
+    def publish(self, writer: CheckpointWriter, step: int) -> Path | None:
+        """Give it its name and remove what is no longer kept; its path on the main process."""
+        if not self.accelerator.is_main_process:
+            return None
+        path = writer.publish(step)
+        prune_checkpoints(writer.folder, path, self.keep_last)
+        return path
+
+    def _state(self, step: int, samples: int, skipped: Counter[str]) -> dict[str, Any]:
+        """What a checkpoint holds besides tensors."""
+        scaler = self.accelerator.scaler
+        return {
+            "step": step,
+            "samples": samples,
+            "stream": self.stream.identity(),
+            "skipped": dict(total_counts(skipped, self.accelerator.num_processes)),
+            "processes": self.accelerator.num_processes,
+            "skipped_updates": self.guard.skipped,
+            "gradient_scaler": scaler.state_dict() if scaler is not None else None,
+        }
+
+    def load(self, folder: Path) -> Position:
+        """Restore model, optimizer, scaler and guard from a verified checkpoint.
+
+        Raises:
+            CheckpointError: it belongs to another model or another stream.
+        """
+        state = read_state(folder)
+        expected, found = self.stream.identity(), state["stream"]
+        changed = [name for name in expected if expected[name] != found.get(name)]
+        if changed:
+            differences = ", ".join(
+                f"{name} was {found.get(name)}, is {expected[name]}" for name in changed
+            )
+            raise CheckpointError(f"cannot resume '{folder}' on another stream: {differences}")
+        weights = load_tensors(folder / self.objective.weights_file)
+        load_weights(self.objective.model, weights, str(folder))
+        load_optimizer_tensors(self.optimizer, self.objective, load_tensors(folder / OPTIMIZER))
+        if self.accelerator.scaler is not None and state["gradient_scaler"] is not None:
+            self.accelerator.scaler.load_state_dict(state["gradient_scaler"])
+        step = state["step"]
+        self.guard.skipped, self.guard.verified = state.get("skipped_updates", 0), step
+        own = folder / "rng" / f"rank_{self.accelerator.process_index}.safetensors"
+        main = self.accelerator.is_main_process
+        return Position(
+            step,
+            Counter(state["skipped"] if main else ()),
+            # A process that did not exist before starts with its own seed.
+            load_tensors(own) if own.is_file() else None,
+        )
+
+
+def total_counts(counts: Counter[str], processes: int) -> Counter[str]:
+    """Sum of the counts of all processes."""
+    if processes == 1:
+        return counts
+    gathered: list[Any] = [None] * processes
+    torch.distributed.all_gather_object(gathered, dict(counts))
+    return sum((Counter(part) for part in gathered), Counter())

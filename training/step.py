@@ -1,0 +1,91 @@
+"""One optimizer step: learning rates, forward and backward over the parts, clip, guard, update."""
+
+from __future__ import annotations
+
+import math
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from training.config import OptimizerConfig, ScheduleConfig
+from training.finite import FiniteGuard
+from training.objective import Batch, Metrics, Objective, split_batch
+from training.parallel import Layout
+from training.schedules import learning_rate_factor
+
+
+class TrainingStep:
+    """Trains `objective` on one batch after the other.
+
+    Args:
+        wrapped: the objective as accelerate has prepared it; all training goes through it.
+        updater: the prepared optimizer.
+        parts: pieces that this process's share of a batch is split into.
+        total: steps of the run, for the schedule.
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        wrapped: nn.Module,
+        updater: Any,
+        accelerator: Accelerator,
+        guard: FiniteGuard,
+        layout: Layout,
+        optim: OptimizerConfig,
+        schedule: ScheduleConfig,
+        *,
+        parts: int,
+        total: int,
+    ) -> None:
+        self.objective, self.wrapped, self.updater = objective, wrapped, updater
+        self.accelerator, self.guard, self.layout = accelerator, guard, layout
+        self.optim, self.schedule, self.parts, self.total = optim, schedule, parts, total
+
+    def __call__(self, batch: Batch, step: int) -> tuple[Tensor, Tensor, Metrics]:
+        """Do step number `step`, counted from 0.
+
+        Returns:
+            Detached loss, gradient norm and metrics of this process, on the device.
+        """
+        self._set_learning_rates(step)
+        self.objective.before_step(step)
+        results = self._backward(split_batch(batch, self.parts))
+        norm = self._clip()
+        loss = torch.stack([loss for loss, _ in results]).mean()
+        metrics = {
+            name: torch.stack([metrics[name] for _, metrics in results]).mean()
+            for name in results[0][1]
+        }
+        self.guard.check(loss, norm, step + 1)
+        self.updater.step()
+        self.guard.count(self.updater.step_was_skipped, step + 1)
+        self.updater.zero_grad()
+        self.objective.after_step()
+        return loss, norm, metrics
+
+    def _set_learning_rates(self, step: int) -> None:
+        rate = self.optim.lr * learning_rate_factor(step, self.total, self.schedule)
+        for group in self.updater.param_groups:
+            group["lr"] = rate * group["lr_factor"]
+
+    def _backward(self, parts: list[Batch]) -> list[tuple[Tensor, Metrics]]:
+        """Accumulate the gradient of the batch, synchronised in the last backward pass only;
+        returns detached loss and metrics of each part."""
+        losses = self.objective.part_losses(self.wrapped, parts)
+        results = []
+        for number in range(1, len(parts) + 1):
+            last = number == len(parts)
+            with nullcontext() if last else self.accelerator.no_sync(self.wrapped):
+                loss, metrics = next(losses)  # the forward passes too must know whether to prepare
+                self.accelerator.backward(loss / len(parts))
+            results.append((loss.detach(), metrics))
+        return results
+
+    def _clip(self) -> Tensor:
+        """Clip by the global norm, and return what it was before."""
+        limit = self.optim.clip_norm or math.inf
+        return self.layout.clip(self.accelerator, self.wrapped, limit)
