@@ -39,6 +39,7 @@ from accelerate import Accelerator
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.routed_layers import RESULTS, machine
@@ -391,7 +392,8 @@ def flops(setting: Setting) -> int:
         }
         images = mode.from_tensor(inputs.pop("image")).float()
         words = [mode.from_tensor(value) for value in inputs.values()]
-        found = functional_call(model, state, (images, *words))
+        with sdpa_kernel(SDPBackend.MATH):  # of which every product is counted
+            found = functional_call(model, state, (images, *words))
         outputs = found.values() if isinstance(found, dict) else (found,)
         torch.stack([output.sum() for output in outputs]).sum().backward()
     return counter.get_total_flops() * setting.batch // 2
