@@ -21,6 +21,7 @@ from training.machine import available_cores, local_processes, plan_cores
 from training.objective import Evaluator, Objective
 from training.run_directory import SETTINGS, check_run_directory, write_environment
 from training.run_log import run_log, say
+from training.signals import RESUMABLE
 
 SUPPORTED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 
@@ -113,7 +114,7 @@ class Launch:
             self.run_dir,
             self.resume,
         )
-        if trainer.step < config.train.steps:
+        if trainer.step < trainer.plan.steps or trainer.owes_evaluation():
             if main:  # only now, so that settings that are refused leave no folder behind
                 self._prepare_folder()
             self.accelerator.wait_for_everyone()
@@ -122,10 +123,12 @@ class Launch:
                     say(note)
                 self._train(trainer, stream)
         elif main:
-            steps = config.train.steps
+            steps = trainer.plan.steps
             print(f"already at step {trainer.step} of {steps}: nothing left to train")
         if self.accelerator.num_processes > 1:
             self.accelerator.end_training()
+        if trainer.stopped is not None:
+            raise SystemExit(RESUMABLE)
 
     def _prepare_folder(self) -> None:
         self.run_dir.mkdir(parents=True, exist_ok=True)
@@ -154,7 +157,13 @@ class Launch:
             say(describe_skips(skipped))
         for line in cut:
             say(line)
-        say(f"done: {trainer.last_checkpoint}")
+        if trainer.stopped is not None:
+            say(
+                f"stopped by {trainer.stopped} after step {trainer.step} of {trainer.plan.steps}:"
+                f" {trainer.last_checkpoint}; --resume auto goes on"
+            )
+        else:
+            say(f"done: {trainer.last_checkpoint}")
 
 
 def _short(value: float | None) -> str:
