@@ -24,8 +24,11 @@ from training.objective import Evaluator, Objective
 from training.parallel import ExpertParallelLayout, Layout
 from training.run_directory import SETTINGS, check_run_directory, write_environment
 from training.run_log import run_log, say
+from training.signals import RESUMABLE
 
 SUPPORTED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+# Optimizers that treat every number of a parameter for itself.
+ELEMENTWISE = ("adamw", "lion")
 
 
 class Launch:
@@ -118,7 +121,7 @@ class Launch:
             self.resume,
             self._layout(),
         )
-        if trainer.step < config.train.steps:
+        if trainer.step < trainer.plan.steps or trainer.owes_evaluation():
             if main:  # only now, so that settings that are refused leave no folder behind
                 self._prepare_folder()
             self.accelerator.wait_for_everyone()
@@ -127,10 +130,12 @@ class Launch:
                     say(note)
                 self._train(trainer, stream)
         elif main:
-            steps = config.train.steps
+            steps = trainer.plan.steps
             print(f"already at step {trainer.step} of {steps}: nothing left to train")
         if self.accelerator.num_processes > 1:
             self.accelerator.end_training()
+        if trainer.stopped is not None:
+            raise SystemExit(RESUMABLE)
 
     def _layout(self) -> Layout:
         """How parameters lie on the processes.
@@ -143,6 +148,13 @@ class Launch:
             raise ValueError(
                 "train.fsdp and train.expert_parallel both divide the experts: set train.fsdp to"
                 " false or train.expert_parallel to 1"
+            )
+        divides = self.fsdp or degree != 1
+        if divides and self.config.optimizer.kind not in ELEMENTWISE:
+            raise ValueError(
+                f"optimizer.kind {self.config.optimizer.kind} looks at whole parameters, which"
+                f" {'train.fsdp' if self.fsdp else 'train.expert_parallel'} divides: choose"
+                f" {' or '.join(ELEMENTWISE)}"
             )
         if degree != 1:
             return ExpertParallelLayout(degree, split_experts, self.accelerator)
@@ -177,7 +189,13 @@ class Launch:
             say(describe_skips(skipped))
         for line in cut:
             say(line)
-        say(f"done: {trainer.last_checkpoint}")
+        if trainer.stopped is not None:
+            say(
+                f"stopped by {trainer.stopped} after step {trainer.step} of {trainer.plan.steps}:"
+                f" {trainer.last_checkpoint}; --resume auto goes on"
+            )
+        else:
+            say(f"done: {trainer.last_checkpoint}")
 
 
 def _short(value: float | None) -> str:

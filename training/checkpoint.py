@@ -66,9 +66,11 @@ def load_optimizer_tensors(
                 " settings of the run, or start a new one from its weights"
             )
         parameter = parameters[name]
-        # AdamW keeps its step counter where it kept it before; moments live with the parameter.
-        device = parameter.device if key != "step" or parameter.is_cuda else "cpu"
-        optimizer.state[parameter][key] = value.to(device)
+        # Only a fused optimizer counts its steps on the device; moments live with the parameter.
+        counts_there = parameter.is_cuda and bool(optimizer.defaults.get("fused"))
+        device = parameter.device if key != "step" or counts_there else "cpu"
+        is_flag = value.dtype == torch.bool and value.ndim == 0
+        optimizer.state[parameter][key] = bool(value) if is_flag else value.to(device)
 
 
 def random_state() -> dict[str, Tensor]:

@@ -7,10 +7,28 @@ from typing import Literal
 
 
 @dataclass
-class OptimizerConfig:
-    """AdamW. Biases, norms, position embeddings, router parameters and the logit scale and bias
-    are never decayed."""
+class ParameterRule:
+    """What one group of parameters gets that is its own."""
 
+    match: str = ""
+    """Regular expression for the whole name of a parameter, as the model calls it."""
+    lr: float = 1.0
+    """Factor on the learning rate."""
+    weight_decay: float | None = None
+    """Decay of every parameter that matches; null leaves `optimizer.weight_decay` to kernels and
+    none to what is never decayed unless told so."""
+    freeze: bool = False
+    """Do not train these parameters."""
+
+
+@dataclass
+class OptimizerConfig:
+    """Biases, norms, position embeddings, router parameters and the logit scale and bias are not
+    decayed unless a rule says so."""
+
+    kind: Literal["adamw", "adafactor", "lion", "muon"] = "adamw"
+    """torch's AdamW and Adafactor, timm's Lion and Muon. Muon turns matrices; everything else
+    (expert banks, convolutions, embeddings, vectors) is AdamW's, at the same learning rate."""
     lr: float = 1e-3
     """Peak learning rate."""
     weight_decay: float = 0.05
@@ -22,31 +40,42 @@ class OptimizerConfig:
     """Factors on the learning rate by regular expression; the first that matches the whole name of
     a parameter counts, and every expression must match one. `{"head.*": 10}` suits a short run:
     the reference's zero-initialised head otherwise holds the rest back."""
+    rules: list[ParameterRule] = field(default_factory=list)
+    """In the place of `lr_factors`: the first rule that matches a parameter holds for it. Every
+    trained parameter needs a rule, and every rule a parameter; `{match: ".*"}` takes the rest."""
     clip_norm: float = 1.0
     """Largest global gradient norm; 0 turns clipping off."""
 
 
 @dataclass
 class ScheduleConfig:
-    """Learning rate over steps: linear warm-up, then `kind`."""
+    """Learning rate over steps: linear warm-up, then `kind`. Lengths are steps, or words such as
+    `2 epochs` or `1M samples`."""
 
     kind: Literal["cosine", "rsqrt", "linear", "constant"] = "cosine"
     """rsqrt is the paper's: peak / sqrt(1 + t / timescale), then a linear cooldown to zero."""
-    warmup_steps: int = 0
+    warmup_steps: int | str = 0
     timescale: int = 10_000
     """Steps after which rsqrt has fallen to peak / sqrt(2)."""
-    cooldown_steps: int = 0
-    """Last steps of rsqrt, over which the rate falls linearly to zero."""
+    cooldown_steps: int | str = 0
+    """Last steps of rsqrt and constant, over which the rate falls linearly to zero. It may branch
+    off any checkpoint: resume that in a new run directory, with `train.steps` so many later."""
     final_fraction: float = 0.0
     """Share of the peak at which cosine and linear end."""
 
 
 @dataclass
 class TrainConfig:
-    """The loop itself."""
+    """The loop itself. `steps` and what is done every so often are numbers of steps, or words such
+    as `3 epochs`, `1.2M samples` or `500 steps`."""
 
-    steps: int = 1000
-    """Optimizer steps in all."""
+    steps: int | str = 1000
+    """Length of the run: optimizer steps, or a duration in words; a time, such as `2 hours`, is
+    converted when the first steps have shown how long one takes."""
+    max_time: str | None = None
+    """Stop after this time, such as `11.5 hours`, with a checkpoint to go on from."""
+    stall_limit: str = "30 min"
+    """Longest wait for a batch, and longest step; a run that stands still ends with a message."""
     batch_size: int = 256
     """Samples per step, over all processes."""
     accumulation: int = 1
@@ -64,12 +93,12 @@ class TrainConfig:
     log_routing: bool = True
     """Lines also say what the routers of the image encoder do (`routing/...`), which is measured
     in the steps that are logged only: each process's share of the batch, then the mean."""
-    eval_every: int = 0
+    eval_every: int | str = 0
     """Steps between evaluations; 0 evaluates only at the end."""
-    save_every: int = 1000
+    save_every: int | str = 1000
     """Steps between checkpoints; the end is always saved, 0 saves nothing before it."""
     keep_last: int = 2
-    """Checkpoints to keep."""
+    """Newest checkpoints to keep."""
     tensorboard: bool = False
     """Also write TensorBoard event files to the run directory."""
     threads: int | None = None

@@ -49,6 +49,10 @@ class ShardedLayout(Layout):
         self.group = self.mesh.get_group()
         self._whole: list[nn.Parameter] = []
 
+    def own_size(self, parameter: nn.Parameter) -> int:
+        local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        return local.numel()
+
     def place(self, objective: Objective, device: torch.device) -> None:
         """Nothing yet: the whole objective might not fit on the device."""
 

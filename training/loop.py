@@ -6,36 +6,45 @@ Positions are counted in steps; samples seen are steps times the global batch.
 
 from __future__ import annotations
 
+import threading
+import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from training.checkpoint import random_state, restore_random_state
+from training.checkpoint import CheckpointWriter, random_state, restore_random_state
 from training.config import OptimizerConfig, ScheduleConfig, TrainConfig
+from training.durations import seconds
 from training.finite import FiniteGuard
 from training.objective import Batch, Evaluator, Metrics, Objective, TrainingStream, check_share
 from training.optim import build_optimizer
 from training.parallel import Layout
-from training.plan import announce, check_settings
+from training.plan import MEASURED, UNKNOWN, announce, check_settings, make_plan, say_speed
+from training.processes import Agreement, Watch, end_loaders
 from training.progress import Progress
-from training.run_directory import MetricsWriter
-from training.run_log import LOGGER
+from training.run_directory import MetricsWriter, has_row
+from training.run_log import LOGGER, say
 from training.saving import Saver, total_counts
+from training.signals import Interrupted, StopRequests
 from training.step import TrainingStep
 
 
 class Trainer:
-    """Trains `objective` on `stream`; `fit` runs to the last step.
+    """Trains `objective` on `stream`; `fit` runs to the last step, or to a request to stop.
 
     Args:
         accelerator: device, precision and processes.
         run_dir: an existing folder; receives metrics, evaluations and checkpoints.
         resume: a verified checkpoint of the same run to continue from, or None.
         layout: how parameters lie on the processes; whole on each when None.
+
+    Attributes:
+        stopped: why `fit` has ended before the last step, or None.
 
     Raises:
         ValueError: settings that cannot work together.
@@ -57,16 +66,18 @@ class Trainer:
     ) -> None:
         self.layout = layout or Layout()
         self.objective, self.stream, self.evaluators = objective, stream, evaluators
-        self.train, self.accelerator, self.run_dir = train, accelerator, run_dir
+        self.train, self.optim, self.run_dir = train, optimizer, run_dir
+        self.accelerator, self.last_checkpoint = accelerator, resume
         processes = accelerator.num_processes
-        check_settings(train, optimizer, schedule, processes, [e.name for e in evaluators])
+        check_settings(train, optimizer, processes, [e.name for e in evaluators])
+        self.plan = make_plan(train, schedule, len(stream))
         self._splitting = (
             objective.check_accumulation(train.accumulation, train.batch_size)
             if train.accumulation > 1
             else ""
         )
         no_decay = {f"model.{name}" for name in objective.no_weight_decay()}
-        self.optimizer = build_optimizer(objective, no_decay, optimizer)
+        self.optimizer = build_optimizer(objective, no_decay, optimizer, accelerator.device)
         self.layout.place(objective, accelerator.device)
         self.guard = FiniteGuard(accelerator.device, train.precision)
         self.saver = Saver(
@@ -79,10 +90,10 @@ class Trainer:
             self.layout,
             keep_last=train.keep_last,
         )
-        self.step, self.skipped, self.last_checkpoint = 0, Counter[str](), resume
+        self.step, self.skipped = 0, Counter[str]()
         self._resumed_random: dict[str, Tensor] | None = None
         if resume is not None:
-            self.step, self.skipped, self._resumed_random = self.saver.load(resume)
+            self._continue_from(resume)
         self.wrapped: nn.Module
         self.wrapped, self.updater = self.layout.prepare(accelerator, objective, self.optimizer)
         self._update = TrainingStep(
@@ -93,66 +104,146 @@ class Trainer:
             self.guard,
             self.layout,
             optimizer,
-            schedule,
+            self.plan,
             parts=train.accumulation,
-            total=train.steps,
         )
+        self.stopped: str | None = None
         self.writer: MetricsWriter | None = None
+        self._requests = StopRequests()
+        self._watch: Watch | None = None
+        self._pending: CheckpointWriter | None = None
+        self._publishing = threading.Lock()
+
+    def _continue_from(self, checkpoint: Path) -> None:
+        position = self.saver.load(checkpoint)
+        self.step, self.skipped = position.step, position.skipped
+        self._resumed_random = position.random
+        if self.plan.time is not None and position.planned_steps is not None:
+            self.plan.steps = position.planned_steps
 
     def fit(self) -> dict[str, float | None]:
         """Train to the last step, then evaluate and save; returns the last evaluation.
 
+        SIGTERM, SIGINT, SIGUSR1 and the end of `train.max_time` end it earlier: with a checkpoint,
+        after the same step on all processes, and with the reason in `stopped`.
+
         Raises:
             NonFiniteError: the loss or the gradient was not finite; see `FiniteGuard` for when.
         """
-        train, main = self.train, self.accelerator.is_main_process
+        main = self.accelerator.is_main_process
         if main:
-            announce(
-                train,
-                self.objective,
-                self.accelerator,
-                self.layout,
-                len(self.stream),
-                self.step,
-                self._splitting,
-            )
+            self._announce()
             self.writer = MetricsWriter(
-                self.run_dir, resumed_step=self.step, tensorboard=train.tensorboard
+                self.run_dir, resumed_step=self.step, tensorboard=self.train.tensorboard
             )
-        progress = Progress(self.step, train.steps, main)
+        budget = self.train.max_time and seconds(self.train.max_time, "train.max_time")
+        progress = Progress(self.step, self.plan.steps, main)
+        failed = True
+        try:
+            with StopRequests(budget or None) as self._requests:
+                self._start_watch()
+                figures = self._run(progress)
+            failed = False
+            return figures
+        except RuntimeError:  # perhaps because another process has died
+            if self._watch is not None:
+                self._watch.explain()
+            raise
+        finally:
+            progress.close()
+            if self.writer is not None:
+                self.writer.close()
+            if self._watch is not None:
+                self._watch.close(failed)
+            if failed or self.stopped:
+                end_loaders()
+
+    def _run(self, progress: Progress) -> dict[str, float | None]:
+        agreement = Agreement(self.accelerator.num_processes)
         batches = iter(self.stream.batches(self.step))
         if self._resumed_random is not None:  # only here: a new loader draws a random number
             restore_random_state(self._resumed_random)
         figures: dict[str, float | None] = {}
         self.wrapped.train()
-        try:
-            while self.step < train.steps:
-                batch = self._next(batches, progress)
-                logs = self._logs(self.step + 1)
-                self.objective.wants_details = logs and train.log_routing
-                loss, norm, metrics = self._update(batch, self.step)
-                self.step += 1
-                progress.advance(train.batch_size)
-                last = self.step == train.steps
-                if logs:
-                    self._log(loss, norm, metrics, progress)
-                evaluates = last or _is_due(self.step, train.eval_every)
-                saves = last or _is_due(self.step, train.save_every)
-                if evaluates or saves:
-                    with progress.paused():
-                        figures = self._evaluate_and_save(evaluates, saves) or figures
-        finally:
-            progress.close()
-            if self.writer is not None:
-                self.writer.close()
+        if agreement.largest(self.owes_evaluation()):
+            figures = self._evaluate_and_save(True, False)
+        started = time.perf_counter()
+        while self.step < self.plan.steps:
+            batch = self._next(batches, progress)
+            self._enter("waiting for the others")
+            if agreement.largest(batch is None):
+                self._stop()
+                break
+            assert batch is not None  # nobody wants to stop
+            logs = self.plan.logs(self.step + 1, self.train.log_every)
+            self.objective.wants_details = logs and self.train.log_routing
+            self._enter("in a training step")
+            loss, norm, metrics = self._update(batch, self.step)
+            self.step += 1
+            progress.advance(self.train.batch_size)
+            if self.step == MEASURED:
+                self._measure((time.perf_counter() - started) / MEASURED, agreement, progress)
+            if logs:
+                self._log(loss, norm, metrics, progress)
+            evaluates, saves = (
+                self._is_due(self.plan.eval_every),
+                self._is_due(self.plan.save_every),
+            )
+            if evaluates or saves:
+                with progress.paused():
+                    figures = self._evaluate_and_save(evaluates, saves) or figures
         return figures
 
-    def _logs(self, step: int) -> bool:
-        return step in (1, self.train.steps) or step % self.train.log_every == 0
+    def _is_due(self, every: int) -> bool:
+        return self.step == self.plan.steps or (every > 0 and self.step % every == 0)
 
-    def _next(self, batches: Iterator[Batch], progress: Progress) -> Batch:
-        with progress.waiting():
+    def owes_evaluation(self) -> bool:
+        """Whether the run has been stopped in the evaluation of the step where it stands."""
+        due = self.step > 0 and bool(self.evaluators) and self._is_due(self.plan.eval_every)
+        return due and not has_row(self.run_dir / "eval.jsonl", self.step)
+
+    def _announce(self) -> None:
+        announce(
+            self.plan,
+            self.train,
+            self.objective,
+            self.optim,
+            self.accelerator,
+            self.layout,
+            len(self.stream),
+            self.step,
+        )
+        if self._splitting:
+            say(f"accumulation {self.train.accumulation}: {self._splitting}")
+
+    def _start_watch(self) -> None:
+        limit = seconds(self.train.stall_limit, "train.stall_limit")
+        rank, processes = self.accelerator.process_index, self.accelerator.num_processes
+        rescue = self._publish if self.accelerator.is_main_process else None
+        self._watch = Watch(rank, processes, limit, self._requests, rescue)
+        self._watch.start()
+
+    def _enter(self, phase: str) -> None:
+        if self._watch is not None:
+            self._watch.enter(phase, self.step)
+
+    def _measure(self, step_time: float, agreement: Agreement, progress: Progress) -> None:
+        """Say how long the run will take, and give a run of a given time its steps."""
+        plan = self.plan
+        if plan.time is not None and plan.steps == UNKNOWN:
+            plan.steps = agreement.largest(max(MEASURED + 1, int(plan.time / step_time)))
+            progress.set_total(plan.steps)
+        if self.accelerator.is_main_process and plan.steps > 2 * MEASURED:
+            say_speed(plan, step_time, self.step, self.accelerator.device)
+
+    def _next(self, batches: Iterator[Batch], progress: Progress) -> Batch | None:
+        """The next batch, on the device; None if a stop was requested."""
+        self._enter("waiting for data")
+        batch: Batch = {}
+        with suppress(Interrupted), progress.waiting(), self._requests.interruptible():
             batch = next(batches)
+        if self._requests.reason is not None:
+            return None
         self.skipped.update(batch.pop("skipped", ()))
         share = self.train.batch_size // self.accelerator.num_processes
         check_share(batch, share, self.step + 1)
@@ -161,6 +252,12 @@ class Trainer:
             name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
             for name, value in batch.items()
         }
+
+    def _stop(self) -> None:
+        """End before the last step, with a checkpoint of this one."""
+        self.stopped = self._requests.reason or "another process was asked to stop"
+        if self.last_checkpoint is None or self.saver.last_step != self.step:
+            self.save()
 
     def _log(self, loss: Tensor, norm: Tensor, metrics: Metrics, progress: Progress) -> None:
         """Write a row of metrics: means over all processes, but counts of this process only.
@@ -184,7 +281,7 @@ class Trainer:
                 "samples": self.samples,
                 **values,
                 "grad_norm": float(norm),
-                "lr": self.updater.param_groups[0]["lr"],
+                "lr": self._update.rate,
                 **speed,
                 **{name: count for name, count in counts.items() if count},
             },
@@ -204,16 +301,18 @@ class Trainer:
         self.objective.eval()
         outside = random_state()
         figures: dict[str, float | None] = {}
-        with (
-            self.layout.whole_weights(self.objective),
-            torch.inference_mode(),
-            self.accelerator.autocast(),
-        ):
-            for evaluator in self.evaluators:
-                for name, value in evaluator(self.objective.model).items():
-                    figures[f"{evaluator.name}/{name}"] = value
-        restore_random_state(outside)
-        self.objective.train(was_training)
+        try:
+            with (
+                self.layout.whole_weights(self.objective),
+                torch.inference_mode(),
+                self.accelerator.autocast(),
+            ):
+                for evaluator in self.evaluators:
+                    for name, value in evaluator(self.objective.model).items():
+                        figures[f"{evaluator.name}/{name}"] = value
+        finally:
+            restore_random_state(outside)
+            self.objective.train(was_training)
         if self.writer is not None and figures:
             self.writer.write("eval", self.step, {"samples": self.samples, **figures})
             LOGGER.info("evaluation at step %d: %s", self.step, figures)
@@ -238,16 +337,41 @@ class Trainer:
         evaluation that fails does not lose the step, not even where only one process fails and
         nothing can be gathered any more; and one that is killed is repeated.
         """
-        writer = self.saver.write(self.step, self.samples, self.skipped) if saves else None
+        alone = self.accelerator.num_processes == 1
+        figures: dict[str, float | None] = {}
+        # Several processes cannot leave an evaluation together, so a stop in it needs a checkpoint
+        # that is written already.
+        if saves or (evaluates and not alone):
+            self._enter("saving")
+            self._pending = self.saver.write(
+                self.skipped,
+                step=self.step,
+                samples=self.samples,
+                planned_steps=self.plan.steps,
+            )
+        leaves = self._requests.interruptible() if alone else nullcontext()
         try:
-            figures = self.evaluate() if evaluates else {}
+            if evaluates:
+                self._enter("evaluating")
+                with leaves:
+                    figures = self.evaluate()
+        except Interrupted:
+            self.stopped = self._requests.reason
         finally:
-            if writer is not None:
-                self.last_checkpoint = self.saver.publish(writer, self.step)
+            self._enter("saving")
+            if saves:
+                self._publish()
+            elif self._pending is not None:
+                self.saver.discard(self._pending)
+                self._pending = None
         if saves:
             self.accelerator.wait_for_everyone()
         return figures
 
-
-def _is_due(step: int, every: int) -> bool:
-    return every > 0 and step % every == 0
+    def _publish(self) -> str:
+        """Give the checkpoint that has been written its name; the watch may do so too."""
+        with self._publishing:
+            if self._pending is not None:
+                path = self.saver.publish(self._pending, self.step)
+                self.last_checkpoint, self._pending = path, None
+        return f"checkpoint {self.last_checkpoint}"

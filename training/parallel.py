@@ -33,6 +33,10 @@ class Layout:
         """Numbers of the whole parameter."""
         return parameter.numel()
 
+    def own_size(self, parameter: nn.Parameter) -> int:
+        """Numbers of the parameter that this process holds."""
+        return parameter.numel()
+
     def place(self, objective: Objective, device: torch.device) -> None:
         """Move the objective to the device, unless `prepare` moves what is left of it."""
         objective.to(device)

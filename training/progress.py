@@ -43,6 +43,9 @@ class Progress:
         yield
         self._pause += time.perf_counter() - start
 
+    def set_total(self, total: int) -> None:
+        self.bar.total = total
+
     def advance(self, samples: int) -> None:
         self._samples += samples
         self.bar.update()

@@ -21,8 +21,8 @@ PARTIAL_SETTINGS = SETTINGS + ".partial"
 FREE_SETTINGS = {
     "resume", "run_dir", "evaluation", "data.workers",
     "train.steps", "train.log_every", "train.eval_every", "train.save_every", "train.keep_last",
-    "train.threads", "train.tensorboard", "train.log_routing",
-    "train.expert_parallel", "train.fsdp",
+    "train.threads", "train.tensorboard", "train.log_routing", "train.max_time",
+    "train.stall_limit", "train.expert_parallel", "train.fsdp",
 }  # fmt: skip
 
 
@@ -129,6 +129,13 @@ def write_environment(path: Path) -> None:
         "packages": {name: version(name) for name in packages},
     }
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def has_row(path: Path, step: int) -> bool:
+    """Whether a file of JSON lines holds one of `step`; other lines may be torn."""
+    if not path.exists():
+        return False
+    return any(f'{{"step": {step}, ' in line for line in path.read_text("utf-8").splitlines())
 
 
 class MetricsWriter:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,11 +30,13 @@ from training.parallel import Layout
 
 
 class Position(NamedTuple):
-    """Where a run stands: steps done, skipped samples by reason, the state of every generator."""
+    """Where a run stands: steps done, skipped samples by reason, the state of every generator, and
+    the steps that a run of a given time was found to have."""
 
     step: int
     skipped: Counter[str]
     random: dict[str, Tensor] | None
+    planned_steps: int | None = None
 
 
 class Saver:
@@ -54,13 +57,18 @@ class Saver:
         self.folder, self.objective, self.optimizer = folder, objective, optimizer
         self.stream, self.accelerator, self.guard = stream, accelerator, guard
         self.layout, self.keep_last = layout, keep_last
+        self.last_step: int | None = None
 
-    def write(self, step: int, samples: int, skipped: Counter[str]) -> CheckpointWriter:
-        """Write everything but the name of the checkpoint of `step`."""
-        accelerator = self.accelerator
+    def write(self, skipped: Counter[str], **position: int) -> CheckpointWriter:
+        """Write everything but the name of a checkpoint.
+
+        Args:
+            position: `step` and whatever else says how far the run has come.
+        """
+        accelerator, step = self.accelerator, position["step"]
         self.guard.verify(step)
         writer = CheckpointWriter(self.folder, step)
-        state = self._state(step, samples, skipped)
+        state = self._state(skipped, position)
         main = accelerator.is_main_process
         weights = self.layout.whole(self.objective.model.state_dict(), main)
         optimizer = self.layout.whole(optimizer_tensors(self.optimizer, self.objective), main)
@@ -78,18 +86,23 @@ class Saver:
 
     def publish(self, writer: CheckpointWriter, step: int) -> Path | None:
         """Give it its name and remove what is no longer kept; its path on the main process."""
+        self.last_step = step
         if not self.accelerator.is_main_process:
             return None
         path = writer.publish(step)
         prune_checkpoints(writer.folder, path, self.keep_last)
         return path
 
-    def _state(self, step: int, samples: int, skipped: Counter[str]) -> dict[str, Any]:
+    def discard(self, writer: CheckpointWriter) -> None:
+        """Remove what was written, of a checkpoint that gets no name."""
+        if self.accelerator.is_main_process:
+            shutil.rmtree(writer.partial, ignore_errors=True)
+
+    def _state(self, skipped: Counter[str], position: dict[str, int]) -> dict[str, Any]:
         """What a checkpoint holds besides tensors."""
         scaler = self.accelerator.scaler
         return {
-            "step": step,
-            "samples": samples,
+            **position,
             "stream": self.stream.identity(),
             "skipped": dict(total_counts(skipped, self.accelerator.num_processes)),
             "processes": self.accelerator.num_processes,
@@ -125,6 +138,7 @@ class Saver:
             Counter(state["skipped"] if main else ()),
             # A process that did not exist before starts with its own seed.
             load_tensors(own) if own.is_file() else None,
+            state.get("planned_steps"),
         )
 
 

@@ -10,10 +10,11 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from training.config import OptimizerConfig, ScheduleConfig
+from training.config import OptimizerConfig
 from training.finite import FiniteGuard
 from training.objective import Batch, Metrics, Objective, split_batch
 from training.parallel import Layout
+from training.plan import Plan
 from training.schedules import learning_rate_factor
 
 
@@ -24,7 +25,7 @@ class TrainingStep:
         wrapped: the objective as accelerate has prepared it; all training goes through it.
         updater: the prepared optimizer.
         parts: pieces that this process's share of a batch is split into.
-        total: steps of the run, for the schedule.
+        plan: the schedule; the number of steps may become known later.
     """
 
     def __init__(
@@ -36,14 +37,14 @@ class TrainingStep:
         guard: FiniteGuard,
         layout: Layout,
         optim: OptimizerConfig,
-        schedule: ScheduleConfig,
+        plan: Plan,
         *,
         parts: int,
-        total: int,
     ) -> None:
         self.objective, self.wrapped, self.updater = objective, wrapped, updater
         self.accelerator, self.guard, self.layout = accelerator, guard, layout
-        self.optim, self.schedule, self.parts, self.total = optim, schedule, parts, total
+        self.optim, self.plan, self.parts = optim, plan, parts
+        self.rate = 0.0  # of the last step, before factors
 
     def __call__(self, batch: Batch, step: int) -> tuple[Tensor, Tensor, Metrics]:
         """Do step number `step`, counted from 0.
@@ -68,9 +69,10 @@ class TrainingStep:
         return loss, norm, metrics
 
     def _set_learning_rates(self, step: int) -> None:
-        rate = self.optim.lr * learning_rate_factor(step, self.total, self.schedule)
+        factor = learning_rate_factor(step, self.plan.steps, self.plan.schedule)
+        self.rate = self.optim.lr * factor
         for group in self.updater.param_groups:
-            group["lr"] = rate * group["lr_factor"]
+            group["lr"] = self.rate * group["lr_factor"]
 
     def _backward(self, parts: list[Batch]) -> list[tuple[Tensor, Metrics]]:
         """Accumulate the gradient of the batch, synchronised in the last backward pass only;

@@ -172,6 +172,9 @@ def test_layouts_that_cannot_be_are_refused(
     assert "train.fsdp and train.expert_parallel both divide" in line(
         "--train.expert_parallel=2", "--train.fsdp=true"
     )
+    assert "optimizer.kind muon looks at whole parameters, which train.fsdp divides" in line(
+        "--train.fsdp=true", "--optimizer.kind=muon"
+    )
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     monkeypatch.setenv("FSDP_VERSION", "2")
     assert "both divide the experts" in line("--train.expert_parallel=2")

@@ -191,10 +191,11 @@ def test_a_run_leaves_its_settings_logs_and_one_checkpoint(finished: Path) -> No
         "config.yaml", "env.json", "metrics.jsonl", "checkpoints", "train.log",
     }  # fmt: skip
     assert [path.name for path in (finished / "checkpoints").iterdir()] == ["step_00000002"]
-    image, text, plan, done = (finished / "train.log").read_text().splitlines()
+    image, text, plan, details, done = (finished / "train.log").read_text().splitlines()
     assert image.endswith("image tower: random weights")
     assert text.endswith("text tower: random weights")
     assert "2 steps of 8 samples" in plan
+    assert "plan: 8 samples x 1 process(es) x 1 part(s) a step; adamw, cosine" in details
     assert f"done: {finished}/checkpoints/step_00000002" in done
 
 
