@@ -231,6 +231,9 @@ class ContrastiveObjective(Objective):
         metrics["negative_logit"] = found.negative_logit
         return loss, metrics
 
+    def compiled_parts(self) -> Sequence[nn.Module]:
+        return [self.model.visual, self.model.text]
+
     def no_weight_decay(self) -> set[str]:
         named = getattr(self.model.visual.trunk, "no_weight_decay", set)
         names = {f"visual.trunk.{name}" for name in named()} | {"logit_scale", "logit_bias"}

@@ -37,9 +37,13 @@ class Launch:
     def __init__(self, config: Any) -> None:
         self.config = config
         self.run_dir = Path(config.run_dir)
-        precision = {"fp32": "no"}.get(config.train.precision, config.train.precision)
-        if precision == "fp16" and not torch.cuda.is_available():
-            raise ValueError("train.precision fp16 needs a GPU: choose fp32 or bf16")
+        precision = config.train.precision
+        if precision in ("tf32", "fp16") and not torch.cuda.is_available():
+            raise ValueError(f"train.precision {precision} needs a GPU: choose fp32 or bf16")
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = (
+            precision == "tf32"
+        )
+        precision = "no" if precision in ("fp32", "tf32") else precision
         self.fsdp = take_over_launcher() or config.train.fsdp
         self.accelerator = Accelerator(mixed_precision=precision)
         kind = self.accelerator.distributed_type

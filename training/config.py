@@ -81,7 +81,26 @@ class TrainConfig:
     accumulation: int = 1
     """Parts into which each process splits its share of a batch, to save memory; gradients stay
     those of the whole batch. Contrastive training pays with a second forward pass."""
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    precision: Literal["fp32", "tf32", "bf16", "fp16"] = "fp32"
+    """tf32 and fp16 need a GPU; tf32 rounds the factors of fp32 products to ten bits."""
+    compile: str = ""
+    """Backend of torch.compile, such as `inductor`; empty is off. Steps whose routing is logged run
+    uncompiled, because compiled code does not say what routers do."""
+    gradient_checkpointing: bool = False
+    """Compute activations of each block again in the backward pass, to save memory."""
+    ema_decay: float = 0.0
+    """Share of the averaged weights that each step keeps, such as 0.9999; 0 is off. Early steps
+    keep less."""
+    ema_evaluate: bool = True
+    """Also evaluate the averaged weights; their figures begin with `ema/`."""
+    ema_export: bool = False
+    """Checkpoints open with the averaged weights; those in training lie beside them."""
+    skip_updates: int = 0
+    """Updates in a row with a loss or gradient that is not finite to leave out before the run
+    stops; 0 stops at the first. Under fp16 the gradient scaler leaves them out by itself."""
+    spike_sigmas: float = 0.0
+    """Also leave out updates whose loss or gradient norm lies so many standard deviations above
+    the mean of the last 128; 6 is usual, 0 is off."""
     expert_parallel: int = 1
     """Processes that share one copy of the experts, each with an equal part (docs/scaling.md); must
     divide the number of processes and the experts of every routed layer."""

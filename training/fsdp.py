@@ -40,6 +40,7 @@ class ShardedLayout(Layout):
         ValueError: gradients are to be scaled for fp16.
     """
 
+    fused_skips = False  # kernels take no mixture of divided parameters and a whole flag
     description = ", all parameters divided"
 
     def __init__(self, accelerator: Accelerator) -> None:
@@ -73,6 +74,13 @@ class ShardedLayout(Layout):
         # In the mode for evaluations, Accelerate adds mixed precision and no other wrapper.
         wrapped = accelerator.prepare_model(objective, evaluation_mode=True)
         return wrapped, accelerator.prepare(optimizer)
+
+    def divide(self, tensors: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+        places = dict(model.named_parameters())
+        return {
+            name: _divide(value.to(places[name].device), places[name])
+            for name, value in tensors.items()
+        }
 
     def clip(self, accelerator: Accelerator, wrapped: nn.Module, limit: float) -> Tensor:
         whole = [p.grad for p in self._whole if p.grad is not None]

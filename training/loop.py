@@ -20,11 +20,19 @@ from torch import Tensor, nn
 from training.checkpoint import CheckpointWriter, random_state, restore_random_state
 from training.config import OptimizerConfig, ScheduleConfig, TrainConfig
 from training.durations import seconds
-from training.finite import FiniteGuard
+from training.ema import WeightAverage
 from training.objective import Batch, Evaluator, Metrics, Objective, TrainingStream, check_share
 from training.optim import build_optimizer
 from training.parallel import Layout
-from training.plan import MEASURED, UNKNOWN, announce, check_settings, make_plan, say_speed
+from training.plan import (
+    MEASURED,
+    UNKNOWN,
+    announce,
+    check_settings,
+    make_guard,
+    make_plan,
+    say_speed,
+)
 from training.processes import Agreement, Watch, end_loaders
 from training.progress import Progress
 from training.run_directory import MetricsWriter, has_row
@@ -79,7 +87,8 @@ class Trainer:
         no_decay = {f"model.{name}" for name in objective.no_weight_decay()}
         self.optimizer = build_optimizer(objective, no_decay, optimizer, accelerator.device)
         self.layout.place(objective, accelerator.device)
-        self.guard = FiniteGuard(accelerator.device, train.precision)
+        self.average = WeightAverage(objective.model, train.ema_decay) if train.ema_decay else None
+        self.guard = make_guard(train, accelerator, run_dir)
         self.saver = Saver(
             run_dir / "checkpoints",
             objective,
@@ -89,13 +98,21 @@ class Trainer:
             self.guard,
             self.layout,
             keep_last=train.keep_last,
+            average=self.average,
+            exports_average=train.ema_export,
         )
         self.step, self.skipped = 0, Counter[str]()
         self._resumed_random: dict[str, Tensor] | None = None
         if resume is not None:
             self._continue_from(resume)
+        if train.gradient_checkpointing:
+            objective.checkpoint_gradients()
+        for part in objective.compiled_parts() if train.compile else ():
+            part.compile(backend=train.compile)
         self.wrapped: nn.Module
         self.wrapped, self.updater = self.layout.prepare(accelerator, objective, self.optimizer)
+        if self.average is not None:
+            self.average.average = self.layout.divide(self.average.average, objective.model)
         self._update = TrainingStep(
             objective,
             self.wrapped,
@@ -106,6 +123,7 @@ class Trainer:
             optimizer,
             self.plan,
             parts=train.accumulation,
+            average=self.average,
         )
         self.stopped: str | None = None
         self.writer: MetricsWriter | None = None
@@ -273,7 +291,11 @@ class Trainer:
             return
         values = dict(zip(["loss", *names], stacked.tolist(), strict=True))
         speed = progress.speed()
-        counts = {"skipped": self.skipped.total(), "skipped_updates": self.guard.skipped}
+        counts = {
+            "skipped": self.skipped.total(),
+            "skipped_updates": self.guard.skipped,
+            "left_out_updates": self.guard.left_out,
+        }
         self.writer.write(
             "metrics",
             self.step,
@@ -295,21 +317,14 @@ class Trainer:
 
     def evaluate(self) -> dict[str, float | None]:
         """Run all evaluators on the model in eval mode; training continues as if they had not."""
-        if not self.evaluators:  # divided parameters need not be made whole for nothing
-            return {}
         was_training = self.objective.training
         self.objective.eval()
         outside = random_state()
-        figures: dict[str, float | None] = {}
         try:
-            with (
-                self.layout.whole_weights(self.objective),
-                torch.inference_mode(),
-                self.accelerator.autocast(),
-            ):
-                for evaluator in self.evaluators:
-                    for name, value in evaluator(self.objective.model).items():
-                        figures[f"{evaluator.name}/{name}"] = value
+            figures = self._figures("")
+            if self.average is not None and self.train.ema_evaluate:
+                with self.average.in_place():
+                    figures |= self._figures("ema/")
         finally:
             restore_random_state(outside)
             self.objective.train(was_training)
@@ -317,6 +332,20 @@ class Trainer:
             self.writer.write("eval", self.step, {"samples": self.samples, **figures})
             LOGGER.info("evaluation at step %d: %s", self.step, figures)
         return figures
+
+    def _figures(self, prefix: str) -> dict[str, float | None]:
+        """What the evaluators say about the present weights; one process can be interrupted."""
+        alone = self.accelerator.num_processes == 1
+        leaves = self._requests.interruptible() if alone else nullcontext()
+        if not self.evaluators:  # divided parameters need not be made whole for nothing
+            return {}
+        whole = self.layout.whole_weights(self.objective)
+        with leaves, whole, torch.inference_mode(), self.accelerator.autocast():
+            return {
+                f"{prefix}{evaluator.name}/{name}": value
+                for evaluator in self.evaluators
+                for name, value in evaluator(self.objective.model).items()
+            }
 
     def total_skipped(self) -> Counter[str]:
         """Skipped samples by reason, over all processes."""
@@ -349,12 +378,10 @@ class Trainer:
                 samples=self.samples,
                 planned_steps=self.plan.steps,
             )
-        leaves = self._requests.interruptible() if alone else nullcontext()
         try:
             if evaluates:
                 self._enter("evaluating")
-                with leaves:
-                    figures = self.evaluate()
+                figures = self.evaluate()
         except Interrupted:
             self.stopped = self._requests.reason
         finally:

@@ -26,6 +26,8 @@ Prepared = tuple[nn.Module, Any]
 class Layout:
     """Every process holds every parameter; gradients are averaged by DistributedDataParallel."""
 
+    fused_skips = True
+    """Whether fused optimizer kernels can be told on the device to leave an update out."""
     description = ""
     """What the start-up log says about it."""
 
@@ -50,6 +52,14 @@ class Layout:
             ValueError: the objective cannot be laid out so.
         """
         return accelerator.prepare(objective, optimizer)
+
+    def divide(self, tensors: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+        """Whole tensors of the shapes of a prepared model's parameters, laid out as these are.
+
+        Args:
+            tensors: by the names of the model's parameters.
+        """
+        return tensors
 
     def clip(self, accelerator: Accelerator, wrapped: nn.Module, limit: float) -> Tensor:
         """Finish the gradients of a step, and clip them; the global norm before, 0-D."""
@@ -128,11 +138,22 @@ class ExpertParallelLayout(Layout):
             state = optimizer.state.get(parameter, {})
             for key, value in state.items():
                 if isinstance(value, Tensor) and value.ndim:
-                    state[key] = value.chunk(self.degree)[self.parts.rank()].clone()
+                    state[key] = self._own_part(value)
         objective.to(accelerator.device)
         move_state(optimizer)
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(objective, names)
         return accelerator.prepare(objective, optimizer)
+
+    def divide(self, tensors: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+        places = dict(model.named_parameters())
+        names = {name.removeprefix("model.") for name in self._divided}
+        return {
+            name: (self._own_part(value) if name in names else value).to(places[name].device)
+            for name, value in tensors.items()
+        }
+
+    def _own_part(self, value: Tensor) -> Tensor:
+        return value.chunk(self.degree)[self.parts.rank()].clone()
 
     def clip(self, accelerator: Accelerator, wrapped: nn.Module, limit: float) -> Tensor:
         divided = [p.grad for p in self._divided.values() if p.grad is not None]

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 
 from training.config import OptimizerConfig, ScheduleConfig, TrainConfig
 from training.durations import is_time, seconds, to_steps
+from training.finite import FiniteGuard
 from training.objective import Objective
 from training.parallel import Layout
 from training.run_directory import check_tensorboard
 from training.run_log import say
 from training.schedules import COOLING, check_schedule
+from training.spikes import SpikeWindow
 
 MEASURED = 20  # steps that a run of a given time is measured by
 UNKNOWN = 10**9  # steps of such a run before that
@@ -94,6 +97,10 @@ def check_settings(
             raise ValueError(f"train.{name} must be at least 1, got {getattr(train, name)}")
     if optim.clip_norm < 0:
         raise ValueError("optimizer.clip_norm must not be negative; 0 turns clipping off")
+    if train.compile and train.accumulation > 1:
+        raise ValueError("train.compile works with train.accumulation 1 only")
+    if min(train.skip_updates, train.spike_sigmas) < 0:
+        raise ValueError("train.skip_updates and train.spike_sigmas must not be negative")
     if train.tensorboard:
         check_tensorboard()
     if train.max_time is not None:
@@ -105,6 +112,20 @@ def check_settings(
             f"train.batch_size {train.batch_size} cannot be divided into {processes} processes"
             f" x {train.accumulation} parts"
         )
+
+
+def make_guard(train: TrainConfig, accelerator: Accelerator, run_dir: Path) -> FiniteGuard:
+    """What watches the losses of a run by its settings."""
+    device, several = accelerator.device, accelerator.num_processes > 1
+    return FiniteGuard(
+        device,
+        train.precision,
+        skip=train.skip_updates,
+        spikes=SpikeWindow(train.spike_sigmas, device) if train.spike_sigmas else None,
+        reduce=(lambda loss: accelerator.reduce(loss, reduction="mean")) if several else None,
+        report=run_dir / f"non_finite_{accelerator.process_index}.json",
+        rank=accelerator.process_index,
+    )
 
 
 def announce(
@@ -148,6 +169,7 @@ def _details(
 ) -> list[str]:
     parts = accelerator.num_processes * train.accumulation
     schedule, cooldown = plan.schedule, plan.cooldown_starts
+    size = gigabytes(fixed_bytes(objective, optim.kind, train.ema_decay > 0, layout))
     shape = f"{optim.kind}, {schedule.kind} from {optim.lr:g} after {schedule.warmup_steps} steps"
     return [
         f"{train.batch_size // parts} samples x {accelerator.num_processes} process(es)"
@@ -155,8 +177,7 @@ def _details(
         shape + (f", cooling down from step {cooldown}" if cooldown is not None else ""),
         f"evaluation {_every(plan.eval_every)}",
         f"checkpoint {_every(plan.save_every)}",
-        f"{gigabytes(fixed_bytes(objective, optim.kind, layout))} a process for weights, gradients"
-        " and optimizer",
+        f"{size} a process for weights, gradients and optimizer",
     ]
 
 
@@ -164,9 +185,10 @@ def _every(steps: int) -> str:
     return f"every {steps} steps" if steps else "at the end"
 
 
-def fixed_bytes(objective: torch.nn.Module, kind: str, layout: Layout) -> int:
-    """Bytes of weights, gradients and optimizer state of one process; activations come on top."""
-    moments = {"adamw": 2, "lion": 1, "muon": 1, "adafactor": 0}[kind]
+def fixed_bytes(objective: torch.nn.Module, kind: str, averages: bool, layout: Layout) -> int:
+    """Bytes of weights, gradients, optimizer state and averaged weights of one process, about;
+    activations come on top."""
+    moments = {"adamw": 2, "lion": 1, "muon": 1, "adafactor": 0}[kind] + averages
     return sum(
         layout.own_size(p) * p.element_size() * (2 + moments if p.requires_grad else 1)
         for p in objective.parameters()

@@ -22,7 +22,8 @@ FREE_SETTINGS = {
     "resume", "run_dir", "evaluation", "data.workers",
     "train.steps", "train.log_every", "train.eval_every", "train.save_every", "train.keep_last",
     "train.threads", "train.tensorboard", "train.log_routing", "train.max_time",
-    "train.stall_limit", "train.expert_parallel", "train.fsdp",
+    "train.stall_limit", "train.ema_evaluate", "train.compile", "train.gradient_checkpointing",
+    "train.expert_parallel", "train.fsdp",
 }  # fmt: skip
 
 

@@ -24,9 +24,14 @@ from training.checkpoint import (
     random_state,
     read_state,
 )
+from training.ema import WeightAverage
 from training.finite import FiniteGuard
 from training.objective import Objective, TrainingStream
 from training.parallel import Layout
+
+GUARD = "guard.safetensors"
+AVERAGE = "average.safetensors"
+TRAINED = "training_weights.safetensors"
 
 
 class Position(NamedTuple):
@@ -53,10 +58,13 @@ class Saver:
         layout: Layout,
         *,
         keep_last: int,
+        average: WeightAverage | None = None,
+        exports_average: bool = False,
     ) -> None:
         self.folder, self.objective, self.optimizer = folder, objective, optimizer
         self.stream, self.accelerator, self.guard = stream, accelerator, guard
         self.layout, self.keep_last = layout, keep_last
+        self.average, self.exports_average = average, exports_average
         self.last_step: int | None = None
 
     def write(self, skipped: Counter[str], **position: int) -> CheckpointWriter:
@@ -70,13 +78,18 @@ class Saver:
         writer = CheckpointWriter(self.folder, step)
         state = self._state(skipped, position)
         main = accelerator.is_main_process
-        weights = self.layout.whole(self.objective.model.state_dict(), main)
+        weights = {
+            name: self.layout.whole(tensors, main) for name, tensors in self._weights().items()
+        }
         optimizer = self.layout.whole(optimizer_tensors(self.optimizer, self.objective), main)
         if main:
             writer.begin()
-            writer.add_tensors(self.objective.weights_file, weights)
+            for name, tensors in weights.items():
+                writer.add_tensors(name, tensors)
             writer.add_tensors(OPTIMIZER, optimizer)
             writer.add_json(STATE, state)
+            if self.guard.leaves_out:
+                writer.add_tensors(GUARD, self.guard.state())
             for name, content in self.objective.config_files().items():
                 writer.add_json(name, content)
         accelerator.wait_for_everyone()
@@ -93,10 +106,26 @@ class Saver:
         prune_checkpoints(writer.folder, path, self.keep_last)
         return path
 
+    def _weights(self) -> dict[str, dict[str, Tensor]]:
+        """Files of weights: what other libraries open, and what training goes on with."""
+        present, name = self.objective.model.state_dict(), self.objective.weights_file
+        if self.average is None:
+            return {name: present}
+        averaged = {AVERAGE: self.average.state()}
+        if not self.exports_average:
+            return {name: present} | averaged
+        return {name: self.average.state_dict(), TRAINED: present} | averaged
+
     def discard(self, writer: CheckpointWriter) -> None:
         """Remove what was written, of a checkpoint that gets no name."""
         if self.accelerator.is_main_process:
             shutil.rmtree(writer.partial, ignore_errors=True)
+
+    def _load_average(self, folder: Path) -> None:
+        assert self.average is not None
+        if not (folder / AVERAGE).is_file():
+            raise CheckpointError(f"'{folder}' holds no averaged weights: set train.ema_decay to 0")
+        self.average.load_state(load_tensors(folder / AVERAGE))
 
     def _state(self, skipped: Counter[str], position: dict[str, int]) -> dict[str, Any]:
         """What a checkpoint holds besides tensors."""
@@ -124,11 +153,15 @@ class Saver:
                 f"{name} was {found.get(name)}, is {expected[name]}" for name in changed
             )
             raise CheckpointError(f"cannot resume '{folder}' on another stream: {differences}")
-        weights = load_tensors(folder / self.objective.weights_file)
-        load_weights(self.objective.model, weights, str(folder))
+        trained = TRAINED if (folder / TRAINED).is_file() else self.objective.weights_file
+        load_weights(self.objective.model, load_tensors(folder / trained), str(folder))
+        if self.average is not None:
+            self._load_average(folder)
         load_optimizer_tensors(self.optimizer, self.objective, load_tensors(folder / OPTIMIZER))
         if self.accelerator.scaler is not None and state["gradient_scaler"] is not None:
             self.accelerator.scaler.load_state_dict(state["gradient_scaler"])
+        if (folder / GUARD).is_file():
+            self.guard.load_state(load_tensors(folder / GUARD))
         step = state["step"]
         self.guard.skipped, self.guard.verified = state.get("skipped_updates", 0), step
         own = folder / "rng" / f"rank_{self.accelerator.process_index}.safetensors"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from training.config import OptimizerConfig
+from training.ema import WeightAverage
 from training.finite import FiniteGuard
 from training.objective import Batch, Metrics, Objective, split_batch
 from training.parallel import Layout
@@ -24,6 +25,7 @@ class TrainingStep:
     Args:
         wrapped: the objective as accelerate has prepared it; all training goes through it.
         updater: the prepared optimizer.
+        average: of the weights, to keep up with them.
         parts: pieces that this process's share of a batch is split into.
         plan: the schedule; the number of steps may become known later.
     """
@@ -40,10 +42,11 @@ class TrainingStep:
         plan: Plan,
         *,
         parts: int,
+        average: WeightAverage | None = None,
     ) -> None:
         self.objective, self.wrapped, self.updater = objective, wrapped, updater
         self.accelerator, self.guard, self.layout = accelerator, guard, layout
-        self.optim, self.plan, self.parts = optim, plan, parts
+        self.optim, self.plan, self.parts, self.average = optim, plan, parts, average
         self.rate = 0.0  # of the last step, before factors
 
     def __call__(self, batch: Batch, step: int) -> tuple[Tensor, Tensor, Metrics]:
@@ -54,19 +57,36 @@ class TrainingStep:
         """
         self._set_learning_rates(step)
         self.objective.before_step(step)
-        results = self._backward(split_batch(batch, self.parts))
+        with eager_if(self.objective.wants_details):
+            results = self._backward(split_batch(batch, self.parts))
         norm = self._clip()
         loss = torch.stack([loss for loss, _ in results]).mean()
         metrics = {
             name: torch.stack([metrics[name] for _, metrics in results]).mean()
             for name in results[0][1]
         }
-        self.guard.check(loss, norm, step + 1)
-        self.updater.step()
+        self._apply(self.guard.check(loss, norm, step + 1, batch.get("key")))
         self.guard.count(self.updater.step_was_skipped, step + 1)
         self.updater.zero_grad()
         self.objective.after_step()
+        if self.average is not None:
+            self.average.update()
         return loss, norm, metrics
+
+    def _apply(self, leave_out: Tensor | None) -> None:
+        """Update the weights unless the flag says no, without waiting for it where possible."""
+        optimizer = self.updater.optimizer
+        if leave_out is None:
+            self.updater.step()
+        elif (
+            optimizer.defaults.get("fused")
+            and self.layout.fused_skips
+            and self.accelerator.scaler is None
+        ):
+            optimizer.found_inf = leave_out.float()  # as a gradient scaler tells fused kernels
+            self.updater.step()
+        elif not bool(leave_out):
+            self.updater.step()
 
     def _set_learning_rates(self, step: int) -> None:
         factor = learning_rate_factor(step, self.plan.steps, self.plan.schedule)
@@ -91,3 +111,8 @@ class TrainingStep:
         """Clip by the global norm, and return what it was before."""
         limit = self.optim.clip_norm or math.inf
         return self.layout.clip(self.accelerator, self.wrapped, limit)
+
+
+def eager_if(wanted: bool) -> AbstractContextManager[Any]:
+    """Run compiled modules uncompiled: hooks on the inside of them are not called otherwise."""
+    return torch.compiler.set_stance("force_eager") if wanted else nullcontext()

@@ -192,7 +192,19 @@ def train(run: Run, folder: Path) -> None:
         make_objective(run),
         Pixels(run.task, rank, world),
         [Probe(rank, run.weights)],
-        TrainConfig(STEPS, BATCH, run.parts, log_every=1, eval_every=2, save_every=1, keep_last=9),
+        TrainConfig(
+            steps=STEPS,
+            batch_size=BATCH,
+            accumulation=run.parts,
+            threads=1,
+            log_every=1,
+            eval_every=2,
+            save_every=1,
+            keep_last=9,
+            ema_decay=0.5 if run.task == "contrastive" else 0.0,
+            skip_updates=1 if run.task == "classification" else 0,
+            gradient_checkpointing=run.task == "sparse",
+        ),
         # A large epsilon, so that rounding errors of vanishing gradients do not become steps.
         OptimizerConfig(lr=0.01, eps=1e-3, clip_norm=0.5),
         ScheduleConfig("constant"),
@@ -227,9 +239,12 @@ def rows(run: Run, folder: Path, name: str) -> list[dict[str, Any]]:
 def tensors(run: Run, folder: Path, step: int) -> dict[str, Tensor]:
     """Weights and moments; after the first step, the moments are the clipped gradients."""
     checkpoint = folder / run.name / "checkpoints" / checkpoint_name(step)
-    files = sorted(checkpoint.glob("*.safetensors"))
-    assert len(files) == 2
-    return load_file(files[0]) | load_file(files[1])
+    return {
+        f"{'average of ' * (path.stem == 'average')}{name}": value
+        for path in sorted(checkpoint.glob("*.safetensors"))
+        for name, value in load_file(path).items()
+        if path.stem != "guard"
+    }
 
 
 def compare(run: Run, folder: Path) -> None:
