@@ -76,10 +76,10 @@ class Setting:
 
 SETTINGS = (
     Setting("Soft MoE, small pictures", "soft_moe_vit_micro_patch8_64", 64, 32),
-    Setting("ViT S/16", "dense_vit_small_patch16_224", 224, 8),
-    Setting("Soft MoE S/16", "soft_moe_vit_small_patch16_224", 224, 8, experts=16),
+    Setting("ViT S/16", "dense_vit_small_patch16_224", 224, 4),
+    Setting("Soft MoE S/16", "soft_moe_vit_small_patch16_224", 224, 4, experts=16),
     Setting(
-        "CLIP, ViT S/16", "dense_vit_small_patch16_224", 224, 8,
+        "CLIP, ViT S/16", "dense_vit_small_patch16_224", 224, 4,
         ("bare", "engine", "open_clip"), (384, 6, 12),
     ),
 )  # fmt: skip

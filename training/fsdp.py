@@ -69,6 +69,7 @@ class ShardedLayout(Layout):
         after = dict(objective.named_parameters())
         swapped: dict[Tensor, nn.Parameter] = {before[name]: after[name] for name in before}
         _swap(optimizer, swapped)
+        self.remember(objective)
         # Autocast would keep the weights that it has converted until the end of the pass.
         accelerator.autocast_handler = AutocastKwargs(cache_enabled=False)
         # In the mode for evaluations, Accelerate adds mixed precision and no other wrapper.
@@ -82,10 +83,10 @@ class ShardedLayout(Layout):
             for name, value in tensors.items()
         }
 
-    def clip(self, accelerator: Accelerator, wrapped: nn.Module, limit: float) -> Tensor:
+    def clip(self, accelerator: Accelerator, limit: float) -> Tensor:
         whole = [p.grad for p in self._whole if p.grad is not None]
         average(whole, self.group, self.group.size())
-        gradients = [p.grad for p in wrapped.parameters() if p.grad is not None]
+        gradients = [p.grad for p in self.trained if p.grad is not None]
         parts = [g.to_local() for g in gradients if isinstance(g, DTensor)]
         return clip_divided(parts, whole, self.group, limit)
 

@@ -8,7 +8,7 @@ whole tensors whatever the layout, so that a run continues under another one.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -26,6 +26,7 @@ Prepared = tuple[nn.Module, Any]
 class Layout:
     """Every process holds every parameter; gradients are averaged by DistributedDataParallel."""
 
+    trained: Sequence[nn.Parameter] = ()
     fused_skips = True
     """Whether fused optimizer kernels can be told on the device to leave an update out."""
     description = ""
@@ -51,7 +52,12 @@ class Layout:
         Raises:
             ValueError: the objective cannot be laid out so.
         """
+        self.remember(objective)
         return accelerator.prepare(objective, optimizer)
+
+    def remember(self, objective: Objective) -> None:
+        """Keep what is trained: walking through the modules in every step would take time."""
+        self.trained = [p for p in objective.parameters() if p.requires_grad]
 
     def divide(self, tensors: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
         """Whole tensors of the shapes of a prepared model's parameters, laid out as these are.
@@ -61,9 +67,15 @@ class Layout:
         """
         return tensors
 
-    def clip(self, accelerator: Accelerator, wrapped: nn.Module, limit: float) -> Tensor:
+    def clip(self, accelerator: Accelerator, limit: float) -> Tensor:
         """Finish the gradients of a step, and clip them; the global norm before, 0-D."""
-        return torch.as_tensor(accelerator.clip_grad_norm_(wrapped.parameters(), limit))
+        if accelerator.scaler is not None:
+            accelerator.unscale_gradients()
+        gradients = [p.grad for p in self.trained if p.grad is not None]
+        norm = nn.utils.get_total_norm(gradients)
+        if math.isfinite(limit):
+            nn.utils.clip_grads_with_norm_(self.trained, limit, norm)
+        return norm
 
     def whole(self, tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
         """Whole tensors for a checkpoint; every process calls this, with the same names.
@@ -141,6 +153,7 @@ class ExpertParallelLayout(Layout):
                     state[key] = self._own_part(value)
         objective.to(accelerator.device)
         move_state(optimizer)
+        self.remember(objective)
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(objective, names)
         return accelerator.prepare(objective, optimizer)
 
@@ -155,11 +168,11 @@ class ExpertParallelLayout(Layout):
     def _own_part(self, value: Tensor) -> Tensor:
         return value.chunk(self.degree)[self.parts.rank()].clone()
 
-    def clip(self, accelerator: Accelerator, wrapped: nn.Module, limit: float) -> Tensor:
+    def clip(self, accelerator: Accelerator, limit: float) -> Tensor:
         divided = [p.grad for p in self._divided.values() if p.grad is not None]
         average(divided, self.copies, self.copies.size() * self.degree)
         own = {id(gradient) for gradient in divided}
-        gradients = [p.grad for p in wrapped.parameters() if p.grad is not None]
+        gradients = [p.grad for p in self.trained if p.grad is not None]
         whole = [gradient for gradient in gradients if id(gradient) not in own]
         return clip_divided(divided, whole, self.parts, limit)
 

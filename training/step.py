@@ -47,6 +47,8 @@ class TrainingStep:
         self.objective, self.wrapped, self.updater = objective, wrapped, updater
         self.accelerator, self.guard, self.layout = accelerator, guard, layout
         self.optim, self.plan, self.parts, self.average = optim, plan, parts, average
+        # Accelerate's own method looks for a package in every step; only a scaler needs it.
+        self._update = updater.optimizer.step if accelerator.scaler is None else updater.step
         self.rate = 0.0  # of the last step, before factors
 
     def __call__(self, batch: Batch, step: int) -> tuple[Tensor, Tensor, Metrics]:
@@ -77,16 +79,16 @@ class TrainingStep:
         """Update the weights unless the flag says no, without waiting for it where possible."""
         optimizer = self.updater.optimizer
         if leave_out is None:
-            self.updater.step()
+            self._update()
         elif (
             optimizer.defaults.get("fused")
             and self.layout.fused_skips
             and self.accelerator.scaler is None
         ):
             optimizer.found_inf = leave_out.float()  # as a gradient scaler tells fused kernels
-            self.updater.step()
+            self._update()
         elif not bool(leave_out):
-            self.updater.step()
+            self._update()
 
     def _set_learning_rates(self, step: int) -> None:
         factor = learning_rate_factor(step, self.plan.steps, self.plan.schedule)
@@ -110,7 +112,7 @@ class TrainingStep:
     def _clip(self) -> Tensor:
         """Clip by the global norm, and return what it was before."""
         limit = self.optim.clip_norm or math.inf
-        return self.layout.clip(self.accelerator, self.wrapped, limit)
+        return self.layout.clip(self.accelerator, limit)
 
 
 def eager_if(wanted: bool) -> AbstractContextManager[Any]:
