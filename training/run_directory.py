@@ -23,6 +23,7 @@ FREE_SETTINGS = {
     "train.steps", "train.log_every", "train.eval_every", "train.save_every", "train.keep_last",
     "train.threads", "train.tensorboard", "train.log_routing", "train.max_time",
     "train.stall_limit", "train.ema_evaluate", "train.compile", "train.gradient_checkpointing",
+    "train.keep_every", "train.keep_best", "train.save_in_background",
 }  # fmt: skip
 
 
