@@ -175,8 +175,7 @@ def run_engine(
 ) -> None:
     """The loop as scripts run it."""
     objective = build(setting)
-    if compiled:
-        objective.model.compile()
+    train["compile"] = "inductor" if compiled else ""
     with tempfile.TemporaryDirectory() as folder:
         options: dict[str, Any] = {"log_every": LOG_EVERY, "save_every": 0} | train
         Trainer(
@@ -310,7 +309,7 @@ class Case:
 
     def stop(self) -> None:
         """End the process, whose loop would go on for ever."""
-        self.process.terminate()
+        self.process.kill()
         self.process.join()
 
 
@@ -362,7 +361,7 @@ def measure_memory(setting: Setting, run: Run, steps: int) -> dict[str, Any]:
 
 
 def measure_saving(setting: Setting, run: Run, modes: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Wall seconds that a checkpoint adds to its step, by how it is written."""
+    """Wall time that a checkpoint adds to its step, by how it is written."""
     row: dict[str, Any] = {"setting": setting.label}
     for mode, options in modes.items():
         case = Case(setting, "engine", run, save_every=4, **options)
@@ -377,6 +376,7 @@ def measure_saving(setting: Setting, run: Run, modes: dict[str, dict[str, Any]])
             stalls.append(walls[-1] - statistics.median(walls[:-1]))
         case.stop()
         row[f"{mode}_stall_ms"] = round(1000 * statistics.median(stalls), 1)
+    row["background_share"] = round(row["background_stall_ms"] / row["synchronous_stall_ms"], 3)
     return row
 
 
@@ -412,6 +412,7 @@ def show(row: dict[str, Any]) -> None:
     print("  " + "  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
 
 
+SAVING = {"synchronous": {}, "background": {"save_in_background": True}}
 PARTS = ("steps", "memory", "saving")
 
 
@@ -447,7 +448,7 @@ def main() -> None:
         report["memory"] = measure_memory(QUICK, run, 200 if options.quick else 2000)
         show(report["memory"])
     if "saving" in options.only:
-        report["saving"] = measure_saving(settings[0], run, {"synchronous": {}})
+        report["saving"] = measure_saving(settings[0], run, SAVING)
         show(report["saving"])
     if not options.quick:
         path = RESULTS / f"training_step_{options.device}.json"

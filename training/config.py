@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
+
+from training.durations import parse_duration
 
 
 @dataclass
@@ -63,6 +65,9 @@ class ScheduleConfig:
     final_fraction: float = 0.0
     """Share of the peak at which cosine and linear end."""
 
+    def __post_init__(self) -> None:
+        _check_words(self, "schedule", ("warmup_steps", "cooldown_steps"))
+
 
 @dataclass
 class TrainConfig:
@@ -118,7 +123,25 @@ class TrainConfig:
     """Steps between checkpoints; the end is always saved, 0 saves nothing before it."""
     keep_last: int = 2
     """Newest checkpoints to keep."""
+    keep_every: int | str = 0
+    """Also keep the checkpoints of every so many steps for good, to branch off; 0 keeps none."""
+    keep_best: str = ""
+    """Also keep the checkpoint with the largest value of a figure of the evaluation, such as
+    `val/acc1`, or with a minus before it the smallest; every evaluation is then saved."""
+    save_in_background: bool = False
+    """Copy what is saved to the CPU's memory and write it while training goes on."""
     tensorboard: bool = False
     """Also write TensorBoard event files to the run directory."""
     threads: int | None = None
     """CPU threads of each process; null chooses from the cores that are there."""
+
+    def __post_init__(self) -> None:
+        _check_words(self, "train", ("steps", "eval_every", "save_every", "keep_every"))
+
+
+def _check_words(config: Any, group: str, names: tuple[str, ...]) -> None:
+    """Raise ValueError where text is no duration."""
+    for name in names:
+        value = getattr(config, name)
+        if isinstance(value, str):
+            parse_duration(value, f"{group}.{name}")

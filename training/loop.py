@@ -37,7 +37,7 @@ from training.processes import Agreement, Watch, end_loaders
 from training.progress import Progress
 from training.run_directory import MetricsWriter, has_row
 from training.run_log import LOGGER, say
-from training.saving import Saver, total_counts
+from training.saving import SaveError, Saver, total_counts
 from training.signals import Interrupted, StopRequests
 from training.step import TrainingStep
 
@@ -98,6 +98,9 @@ class Trainer:
             self.guard,
             self.layout,
             keep_last=train.keep_last,
+            keep_every=self.plan.keep_every,
+            keep_best=train.keep_best,
+            in_background=train.save_in_background,
             average=self.average,
             exports_average=train.ema_export,
         )
@@ -168,6 +171,8 @@ class Trainer:
                 self._watch.explain()
             raise
         finally:
+            with suppress(SaveError):  # said already, or less than what has ended the run
+                self.saver.finish()
             progress.close()
             if self.writer is not None:
                 self.writer.close()
@@ -187,6 +192,7 @@ class Trainer:
             figures = self._evaluate_and_save(True, False)
         started = time.perf_counter()
         while self.step < self.plan.steps:
+            self.saver.check()
             batch = self._next(batches, progress)
             self._enter("waiting for the others")
             if agreement.largest(batch is None):
@@ -210,6 +216,7 @@ class Trainer:
             if evaluates or saves:
                 with progress.paused():
                     figures = self._evaluate_and_save(evaluates, saves) or figures
+        self.saver.finish()
         return figures
 
     def _is_due(self, every: int) -> bool:
@@ -237,7 +244,7 @@ class Trainer:
     def _start_watch(self) -> None:
         limit = seconds(self.train.stall_limit, "train.stall_limit")
         rank, processes = self.accelerator.process_index, self.accelerator.num_processes
-        rescue = self._publish if self.accelerator.is_main_process else None
+        rescue = self._rescue if self.accelerator.is_main_process else None
         self._watch = Watch(rank, processes, limit, self._requests, rescue)
         self._watch.start()
 
@@ -311,6 +318,11 @@ class Trainer:
         progress.show(values["loss"], speed)
 
     @property
+    def position(self) -> dict[str, int]:
+        """How far the run has come, for checkpoints."""
+        return {"step": self.step, "samples": self.samples, "planned_steps": self.plan.steps}
+
+    @property
     def samples(self) -> int:
         """Samples seen so far, over all processes."""
         return self.step * self.train.batch_size
@@ -358,6 +370,7 @@ class Trainer:
             NonFiniteError: the weights have been updated with values that are not finite.
         """
         self._evaluate_and_save(evaluates=False, saves=True)
+        self.saver.finish()
 
     def _evaluate_and_save(self, evaluates: bool, saves: bool) -> dict[str, float | None]:
         """Do what is due after a step; returns the figures.
@@ -367,17 +380,13 @@ class Trainer:
         nothing can be gathered any more; and one that is killed is repeated.
         """
         alone = self.accelerator.num_processes == 1
+        saves = saves or (evaluates and bool(self.train.keep_best))
         figures: dict[str, float | None] = {}
         # Several processes cannot leave an evaluation together, so a stop in it needs a checkpoint
         # that is written already.
         if saves or (evaluates and not alone):
             self._enter("saving")
-            self._pending = self.saver.write(
-                self.skipped,
-                step=self.step,
-                samples=self.samples,
-                planned_steps=self.plan.steps,
-            )
+            self._pending = self.saver.write(self.skipped, **self.position)
         try:
             if evaluates:
                 self._enter("evaluating")
@@ -387,7 +396,7 @@ class Trainer:
         finally:
             self._enter("saving")
             if saves:
-                self._publish()
+                self._publish(figures)
             elif self._pending is not None:
                 self.saver.discard(self._pending)
                 self._pending = None
@@ -395,10 +404,15 @@ class Trainer:
             self.accelerator.wait_for_everyone()
         return figures
 
-    def _publish(self) -> str:
-        """Give the checkpoint that has been written its name; the watch may do so too."""
+    def _publish(self, figures: dict[str, float | None]) -> None:
+        """Give the checkpoint that has been written its name, once."""
         with self._publishing:
             if self._pending is not None:
-                path = self.saver.publish(self._pending, self.step)
+                path = self.saver.publish(self._pending, self.position, figures)
                 self.last_checkpoint, self._pending = path, None
+
+    def _rescue(self) -> str:
+        """What the watch does for a main thread that cannot leave an evaluation."""
+        self._publish({})
+        self.saver.finish()
         return f"checkpoint {self.last_checkpoint}"

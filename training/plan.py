@@ -36,6 +36,7 @@ class Plan:
     schedule: ScheduleConfig
     eval_every: int
     save_every: int
+    keep_every: int
     time: float | None = None
 
     @property
@@ -77,11 +78,12 @@ def make_plan(train: TrainConfig, schedule: ScheduleConfig, samples: int) -> Pla
         ),
         steps_of(train.eval_every, "train.eval_every"),
         steps_of(train.save_every, "train.save_every"),
+        steps_of(train.keep_every, "train.keep_every"),
         seconds(str(train.steps), "train.steps") if timed else None,
     )
     if plan.steps < 1:
         raise ValueError(f"train.steps must be at least 1, got {plan.steps}")
-    for name in ("eval_every", "save_every"):
+    for name in ("eval_every", "save_every", "keep_every"):
         if getattr(plan, name) < 0:
             raise ValueError(f"train.{name} must not be negative; 0 is only at the end")
     check_schedule(plan.steps, plan.schedule)

@@ -24,6 +24,7 @@ FREE_SETTINGS = {
     "train.threads", "train.tensorboard", "train.log_routing", "train.max_time",
     "train.stall_limit", "train.ema_evaluate", "train.compile", "train.gradient_checkpointing",
     "train.expert_parallel", "train.fsdp",
+    "train.keep_every", "train.keep_best", "train.save_in_background",
 }  # fmt: skip
 
 

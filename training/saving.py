@@ -2,36 +2,49 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
+import time
 from collections import Counter
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
+from safetensors import SafetensorError
 from torch import Tensor
 
+from training.background import Background
 from training.checkpoint import (
     OPTIMIZER,
     STATE,
     CheckpointError,
     CheckpointWriter,
+    list_checkpoints,
     load_optimizer_tensors,
     load_tensors,
     load_weights,
     optimizer_tensors,
     prune_checkpoints,
     random_state,
+    read_manifest,
     read_state,
 )
 from training.ema import WeightAverage
 from training.finite import FiniteGuard
 from training.objective import Objective, TrainingStream
 from training.parallel import Layout
+from training.retention import protected_checkpoints
 
 GUARD = "guard.safetensors"
 AVERAGE = "average.safetensors"
 TRAINED = "training_weights.safetensors"
+
+
+class SaveError(RuntimeError):
+    """A checkpoint could not be written; the ones before it are as they were."""
 
 
 class Position(NamedTuple):
@@ -58,53 +71,129 @@ class Saver:
         layout: Layout,
         *,
         keep_last: int,
+        keep_every: int = 0,
+        keep_best: str = "",
+        in_background: bool = False,
         average: WeightAverage | None = None,
         exports_average: bool = False,
     ) -> None:
         self.folder, self.objective, self.optimizer = folder, objective, optimizer
         self.stream, self.accelerator, self.guard = stream, accelerator, guard
-        self.layout, self.keep_last = layout, keep_last
+        self.layout = layout
+        self.keep_last, self.keep_every, self.keep_best = keep_last, keep_every, keep_best
+        self._in_background, self._background = in_background, Background(in_background)
+        self._started, self.earlier_seconds = time.monotonic(), 0.0
         self.average, self.exports_average = average, exports_average
         self.last_step: int | None = None
 
     def write(self, skipped: Counter[str], **position: int) -> CheckpointWriter:
-        """Write everything but the name of a checkpoint.
+        """Write everything but the name of a checkpoint, in the background if so configured.
 
         Args:
             position: `step` and whatever else says how far the run has come.
+
+        Raises:
+            SaveError: this checkpoint or the one before cannot be written.
         """
         accelerator, step = self.accelerator, position["step"]
         self.guard.verify(step)
+        self.finish()
         writer = CheckpointWriter(self.folder, step)
         state = self._state(skipped, position)
-        main = accelerator.is_main_process
-        weights = {
-            name: self.layout.whole(tensors, main) for name, tensors in self._weights().items()
-        }
-        optimizer = self.layout.whole(optimizer_tensors(self.optimizer, self.objective), main)
-        if main:
-            writer.begin()
-            for name, tensors in weights.items():
-                writer.add_tensors(name, tensors)
-            writer.add_tensors(OPTIMIZER, optimizer)
-            writer.add_json(STATE, state)
-            if self.guard.leaves_out:
-                writer.add_tensors(GUARD, self.guard.state())
-            for name, content in self.objective.config_files().items():
-                writer.add_json(name, content)
+        files = self._tensor_files()
+        if accelerator.is_main_process:
+            self._try(writer, partial(self._begin, writer, files))
+            self._background.do(partial(self._try, writer, partial(_fill, writer, files, state,
+                                        self.objective.config_files())))  # fmt: skip
         accelerator.wait_for_everyone()
-        writer.add_tensors(f"rng/rank_{accelerator.process_index}.safetensors", random_state())
+        own = f"rng/rank_{accelerator.process_index}.safetensors"
+        self._try(writer, partial(writer.add_tensors, own, random_state()))
         accelerator.wait_for_everyone()
         return writer
 
-    def publish(self, writer: CheckpointWriter, step: int) -> Path | None:
-        """Give it its name and remove what is no longer kept; its path on the main process."""
-        self.last_step = step
+    def _tensor_files(self) -> dict[str, dict[str, Tensor]]:
+        """All whole tensors by file, on the main process; copies if they are written while
+        training goes on."""
+        files = self._weights()
+        files[OPTIMIZER] = optimizer_tensors(self.optimizer, self.objective)
+        if self.guard.leaves_out:
+            files[GUARD] = self.guard.state()
+        main = self.accelerator.is_main_process
+        whole = {name: self.layout.whole(tensors, main) for name, tensors in files.items()}
+        if self._in_background:
+            return {
+                name: {
+                    # What was put together from parts is a copy already.
+                    key: value.detach().to("cpu", copy=True) if value is files[name][key] else value
+                    for key, value in tensors.items()
+                }
+                for name, tensors in whole.items()
+            }
+        return whole
+
+    def _begin(self, writer: CheckpointWriter, files: dict[str, dict[str, Tensor]]) -> None:
+        writer.begin()
+        needed = sum(v.numel() * v.element_size() for file in files.values() for v in file.values())
+        free = shutil.disk_usage(self.folder).free
+        if free < needed:
+            raise OSError(
+                errno.ENOSPC, f"{needed / 1e9:.2f} GB are needed and {free / 1e9:.2f} GB free"
+            )
+
+    def _try(self, writer: CheckpointWriter, task: Callable[[], Any]) -> None:
+        """Do it, or say which checkpoint is lost and which is there."""
+        try:
+            task()
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(writer.partial, ignore_errors=True)
+            there = list_checkpoints(self.folder) if self.folder.is_dir() else []
+            newest = f"the newest is '{there[-1]}'" if there else "there is none yet"
+            raise SaveError(
+                f"the checkpoint '{writer.final}' cannot be written: {error}; those before it are"
+                f" unharmed, {newest}: make room or mend the folder, then --resume auto"
+            ) from error
+
+    def publish(
+        self, writer: CheckpointWriter, position: dict[str, int], figures: dict[str, float | None]
+    ) -> Path | None:
+        """Give it its name and remove what is no longer kept; its path on the main process.
+
+        Args:
+            figures: of the evaluation of this step, if there was one.
+        """
+        self.last_step = position["step"]
         if not self.accelerator.is_main_process:
             return None
-        path = writer.publish(step)
-        prune_checkpoints(writer.folder, path, self.keep_last)
-        return path
+        seconds = self.earlier_seconds + time.monotonic() - self._started
+        facts = {
+            **position,
+            "world": self.accelerator.num_processes,
+            "stream": self.stream.identity(),
+            "figures": figures,
+            "clock": {"saved_at": round(time.time(), 3), "wall_seconds": round(seconds, 3)},
+        }
+        del facts["step"]
+        self._background.do(partial(self._try, writer, partial(self._seal, writer, facts)))
+        return writer.final
+
+    def _seal(self, writer: CheckpointWriter, facts: dict[str, Any]) -> None:
+        assert self.last_step is not None
+        path = writer.publish(int(writer.final.name.removeprefix("step_")), facts)
+        protected = protected_checkpoints(self.folder, self.keep_every, self.keep_best)
+        prune_checkpoints(self.folder, path, self.keep_last, protected)
+
+    def discard(self, writer: CheckpointWriter) -> None:
+        """Remove what was written, of a checkpoint that gets no name."""
+        if self.accelerator.is_main_process:
+            self._background.do(partial(shutil.rmtree, writer.partial, ignore_errors=True))
+
+    def check(self) -> None:
+        """Raise SaveError if a checkpoint could not be written in the background."""
+        self._background.check()
+
+    def finish(self) -> None:
+        """Wait for what is written in the background; raises as `check` does."""
+        self._background.finish()
 
     def _weights(self) -> dict[str, dict[str, Tensor]]:
         """Files of weights: what other libraries open, and what training goes on with."""
@@ -115,11 +204,6 @@ class Saver:
         if not self.exports_average:
             return {name: present} | averaged
         return {name: self.average.state_dict(), TRAINED: present} | averaged
-
-    def discard(self, writer: CheckpointWriter) -> None:
-        """Remove what was written, of a checkpoint that gets no name."""
-        if self.accelerator.is_main_process:
-            shutil.rmtree(writer.partial, ignore_errors=True)
 
     def _load_average(self, folder: Path) -> None:
         assert self.average is not None
@@ -163,6 +247,7 @@ class Saver:
         if (folder / GUARD).is_file():
             self.guard.load_state(load_tensors(folder / GUARD))
         step = state["step"]
+        self.earlier_seconds = read_manifest(folder).get("clock", {}).get("wall_seconds", 0.0)
         self.guard.skipped, self.guard.verified = state.get("skipped_updates", 0), step
         own = folder / "rng" / f"rank_{self.accelerator.process_index}.safetensors"
         main = self.accelerator.is_main_process
@@ -173,6 +258,19 @@ class Saver:
             load_tensors(own) if own.is_file() else None,
             state.get("planned_steps"),
         )
+
+
+def _fill(
+    writer: CheckpointWriter,
+    files: dict[str, dict[str, Tensor]],
+    state: dict[str, Any],
+    more: dict[str, dict[str, Any]],
+) -> None:
+    """Write the files of tensors, the state, and further JSON files by name."""
+    for name, tensors in files.items():
+        writer.add_tensors(name, tensors)
+    for name, content in {STATE: state, **more}.items():
+        writer.add_json(name, content)
 
 
 def total_counts(counts: Counter[str], processes: int) -> Counter[str]:

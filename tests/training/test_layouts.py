@@ -204,6 +204,7 @@ def train(run: Run, folder: Path) -> None:
             ema_decay=0.5 if run.task == "contrastive" else 0.0,
             skip_updates=1 if run.task == "classification" else 0,
             gradient_checkpointing=run.task == "sparse",
+            save_in_background=run.task != "classification",
         ),
         # A large epsilon, so that rounding errors of vanishing gradients do not become steps.
         OptimizerConfig(lr=0.01, eps=1e-3, clip_norm=0.5),

@@ -141,10 +141,14 @@ def metrics(run_dir: Path, name: str = "metrics") -> list[dict[str, Any]]:
 
 
 def outcome(run_dir: Path, step: int = 12) -> tuple[dict[str, bytes], list[dict[str, Any]]]:
-    """Every file of the checkpoint of `step`, and the metrics."""
+    """Every file of the checkpoint of `step`, and the metrics, without what the clock decides."""
     final = run_dir / "checkpoints" / name_of(step)
     files = {p.relative_to(final).as_posix(): p for p in final.rglob("*") if p.is_file()}
-    return {name: path.read_bytes() for name, path in files.items()}, metrics(run_dir)
+    contents = {name: path.read_bytes() for name, path in files.items()}
+    manifest = json.loads(contents["manifest.json"])
+    assert manifest.pop("clock")["wall_seconds"] > 0
+    del manifest["figures"]  # which eval.jsonl holds too
+    return contents | {"manifest.json": json.dumps(manifest).encode()}, metrics(run_dir)
 
 
 @pytest.fixture(scope="module")

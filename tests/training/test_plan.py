@@ -25,18 +25,20 @@ def test_durations_are_converted(steps: int | str, expected: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("train", "message"),
+    ("settings", "message"),
     [
-        (TrainConfig("soon"), r"train\.steps: 'soon' is no duration"),
-        (TrainConfig("0 epochs"), r"train\.steps must be at least 1"),
-        (TrainConfig(eval_every="2 hours"), r"train\.eval_every: '2 hours' is a time"),
-        (TrainConfig(save_every="-1 epochs"), r"train\.save_every: .* is no duration"),
-        (TrainConfig("0 h"), r"train\.steps must be positive"),
+        ({"steps": "soon"}, r"train\.steps: 'soon' is no duration"),
+        ({"steps": "0 epochs"}, r"train\.steps must be at least 1"),
+        ({"eval_every": "2 hours"}, r"train\.eval_every: '2 hours' is a time"),
+        ({"save_every": "-1 epochs"}, r"train\.save_every: .* is no duration"),
+        ({"steps": "0 h"}, r"train\.steps must be positive"),
     ],
 )
-def test_durations_that_cannot_be_converted_are_refused(train: TrainConfig, message: str) -> None:
+def test_durations_that_cannot_be_converted_are_refused(
+    settings: dict[str, str], message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
-        make_plan(train, ScheduleConfig(), samples=64)
+        make_plan(TrainConfig(**settings), ScheduleConfig(), samples=64)
 
 
 def test_a_run_of_a_given_time_finds_its_steps_and_keeps_them(
