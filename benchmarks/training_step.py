@@ -133,8 +133,10 @@ class Turns:
     A step lasts from when a loop gets a batch to when it asks for the next.
     """
 
-    def __init__(self, pipe: Connection, found: list[Any], device: torch.device) -> None:
-        self.pipe, self.found, self.device = pipe, found, device
+    def __init__(
+        self, pipe: Connection, found: list[Any], device: torch.device, run_dir: Path
+    ) -> None:
+        self.pipe, self.found, self.device, self.run_dir = pipe, found, device, run_dir
 
     def __iter__(self) -> Iterator[Any]:
         number = 0
@@ -176,18 +178,17 @@ def run_engine(
     """The loop as scripts run it."""
     objective = build(setting)
     train["compile"] = "inductor" if compiled else ""
-    with tempfile.TemporaryDirectory() as folder:
-        options: dict[str, Any] = {"log_every": LOG_EVERY, "save_every": 0} | train
-        Trainer(
-            objective,
-            Stream(turns),
-            (),
-            TrainConfig(steps=1_000_000, batch_size=setting.batch, precision=precision, **options),
-            OPTIMIZER,
-            ScheduleConfig(),
-            accelerator(turns.device, precision),
-            Path(folder),
-        ).fit()
+    options: dict[str, Any] = {"log_every": LOG_EVERY, "save_every": 0} | train
+    Trainer(
+        objective,
+        Stream(turns),
+        (),
+        TrainConfig(steps=1_000_000, batch_size=setting.batch, precision=precision, **options),
+        OPTIMIZER,
+        ScheduleConfig(),
+        accelerator(turns.device, precision),
+        turns.run_dir,
+    ).fit()
 
 
 def accelerator(device: torch.device, precision: Precision) -> Accelerator:
@@ -281,11 +282,12 @@ def work(
     threads: int,
     precision: Precision,
     compiled: bool,
+    run_dir: Path,
     options: dict[str, Any],
 ) -> None:
     """One case, until its process is ended."""
     torch.set_num_threads(threads)
-    turns = Turns(pipe, batches(setting), torch.device(device_name))
+    turns = Turns(pipe, batches(setting), torch.device(device_name), run_dir)
     LOOPS[loop](setting, turns, precision, compiled, **options)
 
 
@@ -295,8 +297,10 @@ class Case:
     def __init__(self, setting: Setting, loop: str, run: Run, **options: Any) -> None:
         context = multiprocessing.get_context("spawn")
         self.pipe, far_end = context.Pipe()
+        self.folder = tempfile.TemporaryDirectory()
         arguments = (
-            far_end, setting, loop, run.device, run.threads, run.precision, run.compiled, options
+            far_end, setting, loop, run.device, run.threads, run.precision, run.compiled,
+            Path(self.folder.name), options
         )  # fmt: skip
         self.process = context.Process(target=work, args=arguments, daemon=True)
         self.process.start()
@@ -311,6 +315,7 @@ class Case:
         """End the process, whose loop would go on for ever."""
         self.process.kill()
         self.process.join()
+        self.folder.cleanup()
 
 
 @dataclass(frozen=True)

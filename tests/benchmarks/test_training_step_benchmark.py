@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from multiprocessing import Pipe
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +14,9 @@ from benchmarks.training_step import LOOPS, QUICK, SETTINGS, Turns, batches, bui
 from training.objective import Objective
 
 
-def weights_after_two_steps(loop: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, Tensor]:
+def weights_after_two_steps(
+    loop: str, run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> dict[str, Tensor]:
     built: list[Objective] = []
     monkeypatch.setattr(
         training_step, "build", lambda setting: built.append(build(setting)) or built[0]
@@ -21,7 +24,7 @@ def weights_after_two_steps(loop: str, monkeypatch: pytest.MonkeyPatch) -> dict[
     here, there = Pipe()
     here.send(2)
     here.send("stop")
-    turns = Turns(there, batches(QUICK), torch.device("cpu"))
+    turns = Turns(there, batches(QUICK), torch.device("cpu"), run_dir)
     try:
         LOOPS[loop](QUICK, turns, "fp32", False)
     except StopIteration:  # what the engine makes of a stream that ends
@@ -33,11 +36,11 @@ def weights_after_two_steps(loop: str, monkeypatch: pytest.MonkeyPatch) -> dict[
 
 
 @pytest.mark.usefixtures("fresh_accelerate")
-def test_all_loops_train_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_loops_train_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     start = build(QUICK).state_dict()
-    bare = weights_after_two_steps("bare", monkeypatch)
-    engine = weights_after_two_steps("engine", monkeypatch)
-    theirs = weights_after_two_steps("open_clip", monkeypatch)
+    bare = weights_after_two_steps("bare", tmp_path, monkeypatch)
+    engine = weights_after_two_steps("engine", tmp_path, monkeypatch)
+    theirs = weights_after_two_steps("open_clip", tmp_path, monkeypatch)
     name = "model.visual.trunk.blocks.0.attn.qkv.weight"
     moved = float((bare[name] - start[name]).abs().max())
     assert moved > 1e-7
