@@ -100,7 +100,7 @@ def split_experts(model: nn.Module, group: distributed.ProcessGroup) -> list[str
     """
     banks = {name: bank for name, bank in model.named_modules() if isinstance(bank, ExpertMLP)}
     if not banks:
-        raise ValueError("there are no experts to divide: the model has no routed layers")
+        raise ValueError("there are no experts to divide, the model has no routed layers")
     for name, bank in banks.items():
         if parametrize.is_parametrized(bank):
             raise ValueError(f"'{name}' has adapters: merge them before experts are divided")

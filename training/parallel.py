@@ -143,7 +143,10 @@ class ExpertParallelLayout(Layout):
     def prepare(
         self, accelerator: Accelerator, objective: Objective, optimizer: torch.optim.Optimizer
     ) -> Prepared:
-        names = self.split(objective, self.parts)
+        try:
+            names = self.split(objective, self.parts)
+        except ValueError as error:
+            raise ValueError(f"train.expert_parallel {self.degree}: {error}") from error
         parameters = dict(objective.named_parameters())
         self._divided = {name: parameters[name] for name in names}
         for parameter in self._divided.values():

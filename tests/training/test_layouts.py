@@ -30,6 +30,7 @@ from contrastive.config import ContrastiveConfig, ImageTowerConfig, TextTowerCon
 from contrastive.dual_encoder import build_dual_encoder, model_config
 from contrastive.objective import ContrastiveObjective
 from encoders.expert_parallel import split_experts
+from encoders.experts import ExpertMLP
 from training.checkpoint import checkpoint_name
 from training.config import OptimizerConfig, ScheduleConfig, TrainConfig
 from training.fsdp import ShardedLayout
@@ -217,13 +218,32 @@ def train(run: Run, folder: Path) -> None:
     trainer.fit()
 
 
+def check_refusals(accelerator: Accelerator) -> None:
+    """What four processes cannot divide."""
+    with pytest.raises(
+        ValueError, match="expert_parallel 3 must divide the number of proc"
+    ):
+        ExpertParallelLayout(3, split_experts, accelerator)
+    group = ExpertParallelLayout(4, split_experts, accelerator).parts
+    with pytest.raises(ValueError, match="no experts to divide"):
+        split_experts(nn.Linear(2, 2), group)
+    with pytest.raises(ValueError, match="has 6 experts, which cannot be divided among 4"):
+        split_experts(nn.Sequential(ExpertMLP(6, 2, 2)), group)
+    bank = ExpertMLP(4, 2, 2)
+    split_experts(nn.Sequential(bank), group)
+    with pytest.raises(ValueError, match="one block of rows for each of 4 experts"):
+        bank(torch.zeros(3, 1, 2))
+
+
 def work(rank: int, port: int, folder: Path) -> None:
     for world in WORLDS:
         if rank >= world:
             return
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port + world)}
-        Accelerator(cpu=True)
+        accelerator = Accelerator(cpu=True)
+        if world == 4:
+            check_refusals(accelerator)
         for run in SPREAD:
             if run.world == world:
                 train(run, folder)
