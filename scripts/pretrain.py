@@ -44,7 +44,7 @@ def train(config: PretrainRun) -> None:
     from classification.objective import ClassificationObjective, build_classifier
     from data_pipelines.classification import classification_stream, read_lines
     from eval.classification import ClassificationEvaluator
-    from scripts.launch import Launch
+    from scripts.launch import Launch, known_flops
 
     launch = Launch(config)
     parts = launch.accelerator.num_processes * max(1, config.train.accumulation)
@@ -71,7 +71,13 @@ def train(config: PretrainRun) -> None:
         )
         for item in config.evaluation
     ]
-    launch.fit(objective, stream, evaluators)
+    launch.fit(
+        objective,
+        stream,
+        evaluators,
+        flops=known_flops(model),
+        describe=lambda batch: [classes[label] for label in batch["label"].tolist()],
+    )
 
 
 if __name__ == "__main__":
