@@ -178,7 +178,7 @@ def run_engine(
     """The loop as scripts run it."""
     objective = build(setting)
     train["compile"] = "inductor" if compiled else ""
-    options: dict[str, Any] = {"log_every": LOG_EVERY, "save_every": 0} | train
+    options: dict[str, Any] = {"log_every": LOG_EVERY, "save_every": 0, "sample_sheets": 0} | train
     Trainer(
         objective,
         Stream(turns),

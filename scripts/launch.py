@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,14 @@ from training.checkpoint import CheckpointError, newest_checkpoint, verify_check
 from training.fsdp import ShardedLayout, take_over_launcher
 from training.loop import Trainer
 from training.machine import available_cores, local_processes, plan_cores
-from training.objective import Evaluator, Objective
+from training.objective import Batch, Evaluator, Objective
 from training.parallel import ExpertParallelLayout, Layout
-from training.run_directory import SETTINGS, check_run_directory, write_environment
+from training.run_directory import (
+    SETTINGS,
+    check_run_directory,
+    flat_settings,
+    write_environment,
+)
 from training.run_log import run_log, say
 from training.signals import RESUMABLE
 
@@ -105,10 +110,14 @@ class Launch:
         stream: Stream,
         evaluators: Sequence[Evaluator],
         notes: Sequence[str] = (),
+        *,
+        flops: float | None = None,
+        describe: Callable[[Batch], list[str]] | None = None,
     ) -> None:
         """Prepare the run directory, train, and report what was skipped.
 
-        The log begins with `notes`. Nothing is written before the trainer has accepted its
+        The log begins with `notes`; see `Tracking` for `flops` and `describe`.
+        Nothing is written before the trainer has accepted its
         settings, nor by a finished run.
         """
         config, main = self.config, self.accelerator.is_main_process
@@ -123,7 +132,10 @@ class Launch:
             self.accelerator,
             self.run_dir,
             self.resume,
-            self._layout(),
+            layout=self._layout(),
+            settings=flat_settings(plain_settings(config)),
+            flops=flops,
+            describe=describe,
         )
         if trainer.step < trainer.plan.steps or trainer.owes_evaluation():
             if main:  # only now, so that settings that are refused leave no folder behind
@@ -200,6 +212,16 @@ class Launch:
             )
         else:
             say(f"done: {trainer.last_checkpoint}")
+
+
+def known_flops(model: Any) -> float | None:
+    """Operations of an image encoder for one picture, forward; None where there is no formula."""
+    from encoders.flops import image_flops
+
+    try:
+        return float(sum(image_flops(model).values()))
+    except (ValueError, AttributeError, TypeError):
+        return None
 
 
 def _short(value: float | None) -> str:

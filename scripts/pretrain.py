@@ -46,7 +46,7 @@ def train(config: PretrainRun) -> None:
     from contrastive.weight_sources import check_pixels, image_source
     from data_pipelines.classification import classification_stream, read_lines
     from eval.classification import ClassificationEvaluator
-    from scripts.launch import Launch
+    from scripts.launch import Launch, known_flops
 
     launch = Launch(config)
     parts = launch.accelerator.num_processes * max(1, config.train.accumulation)
@@ -80,7 +80,14 @@ def train(config: PretrainRun) -> None:
         )
         for item in config.evaluation
     ]
-    launch.fit(objective, stream, evaluators, notes)
+    launch.fit(
+        objective,
+        stream,
+        evaluators,
+        notes,
+        flops=known_flops(model),
+        describe=lambda batch: [classes[label] for label in batch["label"].tolist()],
+    )
 
 
 if __name__ == "__main__":

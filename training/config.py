@@ -132,6 +132,13 @@ class TrainConfig:
     """Copy what is saved to the CPU's memory and write it while training goes on."""
     tensorboard: bool = False
     """Also write TensorBoard event files to the run directory."""
+    trackers: list[Literal["wandb", "trackio", "mlflow", "swanlab"]] = field(default_factory=list)
+    """Also send figures there, through Accelerate."""
+    sample_sheets: bool = True
+    """Draw the first batches, as the model gets them, into `samples/`."""
+    peak_tflops: float = 0.0
+    """What a device can do at most in the precision of the run, for `mfu`; 0 looks it up for some
+    GPUs."""
     threads: int | None = None
     """CPU threads of each process; null chooses from the cores that are there."""
 

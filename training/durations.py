@@ -70,3 +70,12 @@ def to_steps(value: int | str, setting: str, *, batch_size: int, samples: int) -
         raise ValueError(f"{setting}: '{value}' is a time; give it in steps, samples or epochs")
     factor = {"steps": 1.0, "samples": 1 / batch_size, "epochs": samples / batch_size}[unit]
     return math.ceil(round(amount * factor, 6))
+
+
+def duration_text(time: float) -> str:
+    """Seconds as text, such as `3 h 05 min`."""
+    minutes, rest = divmod(round(time), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes:02d} min"
+    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"

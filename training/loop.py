@@ -9,11 +9,11 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from pathlib import Path
+from typing import Any
 
-import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
@@ -21,6 +21,7 @@ from training.checkpoint import CheckpointWriter, random_state, restore_random_s
 from training.config import OptimizerConfig, ScheduleConfig, TrainConfig
 from training.durations import seconds
 from training.ema import WeightAverage
+from training.evaluation import Evaluation
 from training.objective import Batch, Evaluator, Metrics, Objective, TrainingStream, check_share
 from training.optim import build_optimizer
 from training.parallel import Layout
@@ -35,11 +36,12 @@ from training.plan import (
 )
 from training.processes import Agreement, Watch, end_loaders
 from training.progress import Progress
-from training.run_directory import MetricsWriter, has_row
-from training.run_log import LOGGER, say
+from training.run_directory import has_row
+from training.run_log import say
 from training.saving import SaveError, Saver, total_counts
 from training.signals import Interrupted, StopRequests
 from training.step import TrainingStep
+from training.tracking import Tracking
 
 
 class Trainer:
@@ -49,6 +51,7 @@ class Trainer:
         accelerator: device, precision and processes.
         run_dir: an existing folder; receives metrics, evaluations and checkpoints.
         resume: a verified checkpoint of the same run to continue from, or None.
+        settings, flops, describe: see `Tracking`.
         layout: how parameters lie on the processes; whole on each when None.
 
     Attributes:
@@ -70,6 +73,10 @@ class Trainer:
         accelerator: Accelerator,
         run_dir: Path,
         resume: Path | None = None,
+        *,
+        settings: Mapping[str, Any] | None = None,
+        flops: float | None = None,
+        describe: Callable[[Batch], list[str]] | None = None,
         layout: Layout | None = None,
     ) -> None:
         self.layout = layout or Layout()
@@ -128,8 +135,18 @@ class Trainer:
             parts=train.accumulation,
             average=self.average,
         )
+        self._evaluation = Evaluation(
+            objective,
+            evaluators,
+            accelerator,
+            self.average if train.ema_evaluate else None,
+            self.layout,
+            # Several processes cannot leave an evaluation together; see `_evaluate_and_save`.
+            lambda: self._requests.interruptible() if processes == 1 else nullcontext(),
+        )
         self.stopped: str | None = None
-        self.writer: MetricsWriter | None = None
+        self._tracking_options = {"settings": settings or {}, "flops": flops, "describe": describe}
+        self.tracking: Tracking | None = None
         self._requests = StopRequests()
         self._watch: Watch | None = None
         self._pending: CheckpointWriter | None = None
@@ -154,11 +171,16 @@ class Trainer:
         main = self.accelerator.is_main_process
         if main:
             self._announce()
-            self.writer = MetricsWriter(
-                self.run_dir, resumed_step=self.step, tensorboard=self.train.tensorboard
-            )
         budget = self.train.max_time and seconds(self.train.max_time, "train.max_time")
         progress = Progress(self.step, self.plan.steps, main)
+        self.tracking = Tracking(
+            self.run_dir,
+            self.train,
+            self.accelerator,
+            progress,
+            resumed_step=self.step,
+            **self._tracking_options,
+        )
         failed = True
         try:
             with StopRequests(budget or None) as self._requests:
@@ -174,14 +196,15 @@ class Trainer:
             with suppress(SaveError):  # said already, or less than what has ended the run
                 self.saver.finish()
             progress.close()
-            if self.writer is not None:
-                self.writer.close()
+            self.tracking.summary(self.step, self.skipped)
+            self.tracking.close()
             if self._watch is not None:
                 self._watch.close(failed)
             if failed or self.stopped:
                 end_loaders()
 
     def _run(self, progress: Progress) -> dict[str, float | None]:
+        assert self.tracking is not None
         agreement = Agreement(self.accelerator.num_processes)
         batches = iter(self.stream.batches(self.step))
         if self._resumed_random is not None:  # only here: a new loader draws a random number
@@ -201,6 +224,7 @@ class Trainer:
             assert batch is not None  # nobody wants to stop
             logs = self.plan.logs(self.step + 1, self.train.log_every)
             self.objective.wants_details = logs and self.train.log_routing
+            self.tracking.draw(batch, self.step + 1)
             self._enter("in a training step")
             loss, norm, metrics = self._update(batch, self.step)
             self.step += 1
@@ -208,7 +232,7 @@ class Trainer:
             if self.step == MEASURED:
                 self._measure((time.perf_counter() - started) / MEASURED, agreement, progress)
             if logs:
-                self._log(loss, norm, metrics, progress)
+                self._log(loss, norm, metrics)
             evaluates, saves = (
                 self._is_due(self.plan.eval_every),
                 self._is_due(self.plan.save_every),
@@ -284,38 +308,17 @@ class Trainer:
         if self.last_checkpoint is None or self.saver.last_step != self.step:
             self.save()
 
-    def _log(self, loss: Tensor, norm: Tensor, metrics: Metrics, progress: Progress) -> None:
-        """Write a row of metrics: means over all processes, but counts of this process only.
-
-        `skipped` are its unusable samples so far, `skipped_updates` the updates that the gradient
-        scaler has skipped; both are left out while they are zero.
-        """
+    def _log(self, loss: Tensor, norm: Tensor, metrics: Metrics) -> None:
+        """Write a row of metrics. `skipped` are unusable samples so far, `skipped_updates` those
+        of the gradient scaler, `left_out_updates` those of the guard."""
         self.guard.verify(self.step)
-        names = sorted(metrics)
-        stacked = torch.stack([loss.float(), *(metrics[name].float() for name in names)])
-        stacked = self.accelerator.reduce(stacked, reduction="mean")
-        if self.writer is None:
-            return
-        values = dict(zip(["loss", *names], stacked.tolist(), strict=True))
-        speed = progress.speed()
         counts = {
             "skipped": self.skipped.total(),
             "skipped_updates": self.guard.skipped,
             "left_out_updates": self.guard.left_out,
         }
-        self.writer.write(
-            "metrics",
-            self.step,
-            {
-                "samples": self.samples,
-                **values,
-                "grad_norm": float(norm),
-                "lr": self._update.rate,
-                **speed,
-                **{name: count for name, count in counts.items() if count},
-            },
-        )
-        progress.show(values["loss"], speed)
+        assert self.tracking is not None
+        self.tracking.row(self.position, loss, norm, metrics, self._update.rates(), counts)
 
     @property
     def position(self) -> dict[str, int]:
@@ -329,35 +332,10 @@ class Trainer:
 
     def evaluate(self) -> dict[str, float | None]:
         """Run all evaluators on the model in eval mode; training continues as if they had not."""
-        was_training = self.objective.training
-        self.objective.eval()
-        outside = random_state()
-        try:
-            figures = self._figures("")
-            if self.average is not None and self.train.ema_evaluate:
-                with self.average.in_place():
-                    figures |= self._figures("ema/")
-        finally:
-            restore_random_state(outside)
-            self.objective.train(was_training)
-        if self.writer is not None and figures:
-            self.writer.write("eval", self.step, {"samples": self.samples, **figures})
-            LOGGER.info("evaluation at step %d: %s", self.step, figures)
+        figures = self._evaluation(random_state())
+        if self.tracking is not None:
+            self.tracking.evaluation(self.position, figures)
         return figures
-
-    def _figures(self, prefix: str) -> dict[str, float | None]:
-        """What the evaluators say about the present weights; one process can be interrupted."""
-        alone = self.accelerator.num_processes == 1
-        leaves = self._requests.interruptible() if alone else nullcontext()
-        if not self.evaluators:  # divided parameters need not be made whole for nothing
-            return {}
-        whole = self.layout.whole_weights(self.objective)
-        with leaves, whole, torch.inference_mode(), self.accelerator.autocast():
-            return {
-                f"{prefix}{evaluator.name}/{name}": value
-                for evaluator in self.evaluators
-                for name, value in evaluator(self.objective.model).items()
-            }
 
     def total_skipped(self) -> Counter[str]:
         """Skipped samples by reason, over all processes."""

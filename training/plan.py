@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 
 from training.config import OptimizerConfig, ScheduleConfig, TrainConfig
-from training.durations import is_time, seconds, to_steps
+from training.durations import duration_text, is_time, seconds, to_steps
 from training.finite import FiniteGuard
 from training.objective import Objective
 from training.parallel import Layout
@@ -18,6 +18,7 @@ from training.run_directory import check_tensorboard
 from training.run_log import say
 from training.schedules import COOLING, check_schedule
 from training.spikes import SpikeWindow
+from training.tracking import check_trackers
 
 MEASURED = 20  # steps that a run of a given time is measured by
 UNKNOWN = 10**9  # steps of such a run before that
@@ -105,6 +106,7 @@ def check_settings(
         raise ValueError("train.skip_updates and train.spike_sigmas must not be negative")
     if train.tensorboard:
         check_tensorboard()
+    check_trackers(train.trackers)
     if train.max_time is not None:
         seconds(train.max_time, "train.max_time")
     if len(set(sets)) < len(sets):
@@ -200,15 +202,6 @@ def fixed_bytes(objective: torch.nn.Module, kind: str, averages: bool, layout: L
 def gigabytes(amount: float) -> str:
     """Bytes as text."""
     return f"{amount / 1e9:.2f} GB" if amount >= 1e8 else f"{amount / 1e6:.1f} MB"
-
-
-def duration_text(time: float) -> str:
-    """Seconds as text, such as `3 h 05 min`."""
-    minutes, rest = divmod(round(time), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {minutes:02d} min"
-    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
 
 
 def say_speed(plan: Plan, step_time: float, step: int, device: torch.device) -> None:

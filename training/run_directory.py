@@ -24,7 +24,8 @@ FREE_SETTINGS = {
     "train.threads", "train.tensorboard", "train.log_routing", "train.max_time",
     "train.stall_limit", "train.ema_evaluate", "train.compile", "train.gradient_checkpointing",
     "train.expert_parallel", "train.fsdp",
-    "train.keep_every", "train.keep_best", "train.save_in_background",
+    "train.trackers", "train.sample_sheets", "train.peak_tflops", "train.keep_every",
+    "train.keep_best", "train.save_in_background",
 }  # fmt: skip
 
 
@@ -99,6 +100,11 @@ def _differences(
         for name in {**new, **old}
     }
     return {name: f"{name} was {a}, is {b}" for name, (a, b) in pairs.items() if a != b}
+
+
+def flat_settings(settings: Mapping[str, Any]) -> dict[str, str]:
+    """Settings by dotted name, as JSON."""
+    return _flat(settings)
 
 
 def _flat(settings: Mapping[Any, Any], prefix: str = "") -> dict[str, str]:

@@ -96,6 +96,12 @@ class TrainingStep:
         for group in self.updater.param_groups:
             group["lr"] = self.rate * group["lr_factor"]
 
+    def rates(self) -> dict[str, float]:
+        """The learning rate of the last step, and those of parameters with factors of their own."""
+        factors = {group["lr_factor"] for group in self.updater.param_groups} - {1.0}
+        own = {f"lr_x{factor:g}": self.rate * factor for factor in sorted(factors)}
+        return {"lr": self.rate} | own
+
     def _backward(self, parts: list[Batch]) -> list[tuple[Tensor, Metrics]]:
         """Accumulate the gradient of the batch, synchronised in the last backward pass only;
         returns detached loss and metrics of each part."""

@@ -12,7 +12,7 @@ import pytest
 from safetensors.torch import load_file
 
 STEPS = 6
-CLOCK = {"time", "samples_per_second", "data_wait"}
+CLOCK = {"time", "samples_per_second", "data_wait", "memory_gb", "tflops", "mfu"}
 
 
 def arguments(shards: Path, run_dir: Path) -> list[str]:

@@ -17,6 +17,7 @@ from training.checkpoint import checkpoint_name as name_of
 from training.finite import NonFiniteError
 from training.objective import Batch, Metrics
 from training.spikes import WINDOW, SpikeWindow
+from training.step import TrainingStep
 
 
 class Disturbed(Regression):
@@ -72,17 +73,17 @@ def test_the_report_names_step_process_and_samples(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trainer = make_trainer(tmp_path, partial(Regression, poison=3))
-    step = trainer._update.__call__
-    monkeypatch.setattr(
-        trainer, "_update",
-        lambda batch, number: step(batch | {"key": [f"{number}-{i}" for i in range(8)]}, number),
-    )  # fmt: skip
-    trainer._update.rate = 0.0
+    update = TrainingStep.__call__
+
+    def named(self: TrainingStep, batch: Batch, step: int) -> tuple[Tensor, Tensor, Metrics]:
+        return update(self, batch | {"key": [f"{step}-{row}" for row in range(8)]}, step)
+
+    monkeypatch.setattr(TrainingStep, "__call__", named)
     with pytest.raises(NonFiniteError, match=r"samples: .*non_finite_0\.json"):
         trainer.fit()
     report = json.loads((tmp_path / "non_finite_0.json").read_text())
     assert (report["step"], report["rank"], report["loss"]) == (3, 0, "nan")
-    assert report["keys"] == [f"2-{i}" for i in range(8)]
+    assert report["keys"] == [f"2-{row}" for row in range(8)]
 
 
 def test_spikes_are_found_when_the_window_is_full() -> None:

@@ -205,6 +205,7 @@ def train(run: Run, folder: Path) -> None:
             ema_decay=0.5 if run.task == "contrastive" else 0.0,
             skip_updates=1 if run.task == "classification" else 0,
             gradient_checkpointing=run.task == "sparse",
+            sample_sheets=0,
             save_in_background=run.task != "classification",
         ),
         # A large epsilon, so that rounding errors of vanishing gradients do not become steps.
@@ -213,16 +214,14 @@ def train(run: Run, folder: Path) -> None:
         accelerator,
         run_dir,
         folder / run.start / "checkpoints" / checkpoint_name(1) if run.start else None,
-        make_layout(run.layout, accelerator),
+        layout=make_layout(run.layout, accelerator),
     )
     trainer.fit()
 
 
 def check_refusals(accelerator: Accelerator) -> None:
     """What four processes cannot divide."""
-    with pytest.raises(
-        ValueError, match="expert_parallel 3 must divide the number of proc"
-    ):
+    with pytest.raises(ValueError, match="expert_parallel 3 must divide the number of proc"):
         ExpertParallelLayout(3, split_experts, accelerator)
     group = ExpertParallelLayout(4, split_experts, accelerator).parts
     with pytest.raises(ValueError, match="no experts to divide"):
@@ -253,7 +252,7 @@ def work(rank: int, port: int, folder: Path) -> None:
 
 def rows(run: Run, folder: Path, name: str) -> list[dict[str, Any]]:
     lines = (folder / run.name / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
-    clock = {"time", "samples_per_second", "data_wait"}
+    clock = {"time", "samples_per_second", "data_wait", "memory_gb", "tflops", "mfu"}
     return [{k: v for k, v in json.loads(line).items() if k not in clock} for line in lines]
 
 

@@ -135,7 +135,7 @@ def make_trainer(
 
 def metrics(run_dir: Path, name: str = "metrics") -> list[dict[str, Any]]:
     """Rows of metrics.jsonl without what the clock decides."""
-    clock = {"time", "samples_per_second", "data_wait"}
+    clock = {"time", "samples_per_second", "data_wait", "memory_gb", "tflops", "mfu"}
     lines = (run_dir / f"{name}.jsonl").read_text().splitlines()
     return [{k: v for k, v in json.loads(line).items() if k not in clock} for line in lines]
 
