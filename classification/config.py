@@ -15,6 +15,10 @@ class ClassifierConfig:
     arguments: dict[str, Any] = field(default_factory=dict)
     """Further arguments of the model: {router: tokens_choice, num_experts: 32} and whatever else
     `encoders.vision_transformer` takes (docs/routers.md)."""
+    init_from: str | None = None
+    """Pretrained image encoder to fine-tune: a run directory or checkpoint of either training
+    command, a timm or open_clip folder, a safetensors file, or hf-hub:owner/name. Positions are
+    resampled to the image size; a head of another number of classes is left out."""
     loss: Literal["softmax", "sigmoid"] = "softmax"
     """softmax cross-entropy, or the paper's sigmoid cross-entropy summed over classes."""
     label_smoothing: float = 0.0

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from open_clip.hf_model import HFTextEncoder
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
@@ -152,6 +153,8 @@ class ContrastiveObjective(Objective):
     def _check_wrapped(self) -> None:
         if not (self.training and torch.is_grad_enabled() and world_size() > 1):
             return
+        if isinstance(self, FSDPModule):  # is its own wrapper
+            return
         if DistributedDataParallel._get_active_ddp_module() is None:
             raise RuntimeError(
                 "the objective was called past its DistributedDataParallel wrapper, so the"
@@ -227,6 +230,9 @@ class ContrastiveObjective(Objective):
         metrics["positive_logit"] = found.positive_logit
         metrics["negative_logit"] = found.negative_logit
         return loss, metrics
+
+    def compiled_parts(self) -> Sequence[nn.Module]:
+        return [self.model.visual, self.model.text]
 
     def no_weight_decay(self) -> set[str]:
         named = getattr(self.model.visual.trunk, "no_weight_decay", set)

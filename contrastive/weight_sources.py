@@ -61,19 +61,22 @@ class Source:
     hidden: Mapping[str, Any] = field(default_factory=dict)
 
 
-def image_source(source: str) -> Source:
+def image_source(source: str, setting: str = "image.init_from") -> Source:
     """Read the image encoder of a classification or contrastive run, checkpoint, folder or file.
+
+    Args:
+        setting: what messages call it.
 
     Raises:
         CheckpointError: there is none.
     """
-    path = _resolve(source, "image.init_from")
+    path = _resolve(source, setting)
     if (path / CLIP_FILE).is_file():
         description = _read_model_config(path)["vision_cfg"]
         description[PIXELS] = _pixels(_read_json(path / CLIP_FILE).get("preprocess_cfg", {}))
         if not description.get("timm_model_name"):
             raise CheckpointError(
-                f"image.init_from: the image tower of '{path}' is open_clip's own, towers here are"
+                f"{setting}: the image tower of '{path}' is open_clip's own, towers here are"
                 " timm's: give timm's version of these weights (hf-hub:timm/...)"
             )
         tensors = load_tensors(_weights(path, CLIP_WEIGHTS))
@@ -222,16 +225,19 @@ def _pixels(settings: Mapping[str, Any]) -> dict[str, list[float]]:
     return {name: list(settings[name]) for name in ("mean", "std") if settings.get(name)}
 
 
-def check_pixels(source: Source, settings: Mapping[str, Any]) -> None:
+def check_pixels(
+    source: Source, settings: Mapping[str, Any], setting: str = "image.init_from"
+) -> None:
     """Raise CheckpointError for weights that were trained on pixels of another normalisation.
 
     Args:
         settings: with the `mean` and `std` of the tower.
+        setting: what the message calls the source.
     """
     for name, needed in source.description.get(PIXELS, {}).items():
         if not all(map(math.isclose, needed, settings[name])):
             raise CheckpointError(
-                f"image.init_from: '{source.name}' was trained with pixel {name} {needed}, the"
+                f"{setting}: '{source.name}' was trained with pixel {name} {needed}, the"
                 f" model here has {list(settings[name])}: choose a model and weights that agree"
             )
 

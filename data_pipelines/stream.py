@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import signal
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -223,7 +224,7 @@ class Stream:
             collate_fn=collate,
             pin_memory=torch.cuda.is_available(),
             prefetch_factor=4 if self.workers else None,
-            worker_init_fn=_one_thread if self.workers else None,
+            worker_init_fn=_prepare_worker if self.workers else None,
             # A loader draws one number; not from the generator that training uses.
             generator=torch.Generator(),
         )
@@ -243,8 +244,12 @@ def without_stack(error: ShardError) -> ShardError:
     return ShardError(str(error).rpartition("ShardError: ")[2].strip())
 
 
-def _one_thread(worker: int) -> None:
+def _prepare_worker(worker: int) -> None:
     torch.set_num_threads(1)
+    # Schedulers and terminals signal every process; a training process that saves its state on a
+    # signal must not lose its loaders to it. They end with their parent.
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def collate(samples: list[dict[str, Any]]) -> Batch:

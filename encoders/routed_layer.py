@@ -34,6 +34,9 @@ class RoutedLayer(nn.Module):
     A subclass takes its own options by name and hands the rest on as `Unpack[ExpertOptions]`. Its
     parameters are made beside the experts, by `new_parameter`.
 
+    `float32_parameters` names those of its own parameters that are read in float32 under every
+    precision, such as a router's: they must not be rounded on the way.
+
     `auxiliary_losses` holds the weighted, differentiable terms of the latest forward pass in
     training that the layer wants added to the training loss, by name; it is empty for layers that
     have none, such as Soft MoE, in eval mode, and once the terms were collected (see
@@ -51,6 +54,8 @@ class RoutedLayer(nn.Module):
     Raises:
         ValueError: a size is not positive.
     """
+
+    float32_parameters: tuple[str, ...] = ()
 
     def __init__(
         self,

@@ -82,6 +82,7 @@ class SlotLayer(RoutedLayer):
     """
 
     normalize = True
+    float32_parameters = ("phi", "scale")
 
     def __init__(
         self,

@@ -78,6 +78,8 @@ class SparseMoE(RoutedLayer):
             multiple of `group_size` or a capacity of 0.
     """
 
+    float32_parameters = ("router",)
+
     def __init__(
         self,
         dim: int,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -14,15 +14,26 @@ from accelerate.utils import DistributedType, set_seed
 
 from data_pipelines.shards import describe_skips
 from data_pipelines.stream import Stream
+from encoders.expert_parallel import split_experts
 from scripts.cli import plain_settings, save_config
 from training.checkpoint import CheckpointError, newest_checkpoint, verify_checkpoint
+from training.fsdp import ShardedLayout, take_over_launcher
 from training.loop import Trainer
 from training.machine import available_cores, local_processes, plan_cores
-from training.objective import Evaluator, Objective
-from training.run_directory import SETTINGS, check_run_directory, write_environment
+from training.objective import Batch, Evaluator, Objective
+from training.parallel import ExpertParallelLayout, Layout
+from training.run_directory import (
+    SETTINGS,
+    check_run_directory,
+    flat_settings,
+    write_environment,
+)
 from training.run_log import run_log, say
+from training.signals import RESUMABLE
 
 SUPPORTED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+# Optimizers that treat every number of a parameter for itself.
+ELEMENTWISE = ("adamw", "lion")
 
 
 class Launch:
@@ -31,16 +42,21 @@ class Launch:
     def __init__(self, config: Any) -> None:
         self.config = config
         self.run_dir = Path(config.run_dir)
-        precision = {"fp32": "no"}.get(config.train.precision, config.train.precision)
-        if precision == "fp16" and not torch.cuda.is_available():
-            raise ValueError("train.precision fp16 needs a GPU: choose fp32 or bf16")
+        precision = config.train.precision
+        if precision in ("tf32", "fp16") and not torch.cuda.is_available():
+            raise ValueError(f"train.precision {precision} needs a GPU: choose fp32 or bf16")
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = (
+            precision == "tf32"
+        )
+        precision = "no" if precision in ("fp32", "tf32") else precision
+        self.fsdp = take_over_launcher() or config.train.fsdp
         self.accelerator = Accelerator(mixed_precision=precision)
         kind = self.accelerator.distributed_type
         if kind not in SUPPORTED:
             raise ValueError(
-                f"accelerate was configured for {kind.value}; only plain data parallelism is"
-                " supported (no FSDP or DeepSpeed): run `accelerate config` again, or launch with"
-                " --multi_gpu"
+                f"accelerate was configured for {kind.value}; only plain data parallelism and"
+                " FSDP2 are supported (no FSDP1 or DeepSpeed): run `accelerate config` again, or"
+                " launch with --multi_gpu, or with --use_fsdp --fsdp_version 2"
             )
         # The loop divides by its own accumulation; a setting of accelerate's must not do it again.
         self.accelerator.gradient_accumulation_steps = 1
@@ -94,10 +110,14 @@ class Launch:
         stream: Stream,
         evaluators: Sequence[Evaluator],
         notes: Sequence[str] = (),
+        *,
+        flops: float | None = None,
+        describe: Callable[[Batch], list[str]] | None = None,
     ) -> None:
         """Prepare the run directory, train, and report what was skipped.
 
-        The log begins with `notes`. Nothing is written before the trainer has accepted its
+        The log begins with `notes`; see `Tracking` for `flops` and `describe`.
+        Nothing is written before the trainer has accepted its
         settings, nor by a finished run.
         """
         config, main = self.config, self.accelerator.is_main_process
@@ -112,8 +132,12 @@ class Launch:
             self.accelerator,
             self.run_dir,
             self.resume,
+            layout=self._layout(),
+            settings=flat_settings(plain_settings(config)),
+            flops=flops,
+            describe=describe,
         )
-        if trainer.step < config.train.steps:
+        if trainer.step < trainer.plan.steps or trainer.owes_evaluation():
             if main:  # only now, so that settings that are refused leave no folder behind
                 self._prepare_folder()
             self.accelerator.wait_for_everyone()
@@ -122,10 +146,37 @@ class Launch:
                     say(note)
                 self._train(trainer, stream)
         elif main:
-            steps = config.train.steps
+            steps = trainer.plan.steps
             print(f"already at step {trainer.step} of {steps}: nothing left to train")
         if self.accelerator.num_processes > 1:
             self.accelerator.end_training()
+        if trainer.stopped is not None:
+            raise SystemExit(RESUMABLE)
+
+    def _layout(self) -> Layout:
+        """How parameters lie on the processes.
+
+        Raises:
+            ValueError: the settings do not go together, or do not suit the processes.
+        """
+        degree = self.config.train.expert_parallel
+        if self.fsdp and degree != 1:
+            raise ValueError(
+                "train.fsdp and train.expert_parallel both divide the experts: set train.fsdp to"
+                " false or train.expert_parallel to 1"
+            )
+        divides = self.fsdp or degree != 1
+        if divides and self.config.optimizer.kind not in ELEMENTWISE:
+            raise ValueError(
+                f"optimizer.kind {self.config.optimizer.kind} looks at whole parameters, which"
+                f" {'train.fsdp' if self.fsdp else 'train.expert_parallel'} divides: choose"
+                f" {' or '.join(ELEMENTWISE)}"
+            )
+        if degree != 1:
+            return ExpertParallelLayout(degree, split_experts, self.accelerator)
+        if self.fsdp and self.accelerator.num_processes > 1:
+            return ShardedLayout(self.accelerator)
+        return Layout()
 
     def _prepare_folder(self) -> None:
         self.run_dir.mkdir(parents=True, exist_ok=True)
@@ -154,7 +205,23 @@ class Launch:
             say(describe_skips(skipped))
         for line in cut:
             say(line)
-        say(f"done: {trainer.last_checkpoint}")
+        if trainer.stopped is not None:
+            say(
+                f"stopped by {trainer.stopped} after step {trainer.step} of {trainer.plan.steps}:"
+                f" {trainer.last_checkpoint}; --resume auto goes on"
+            )
+        else:
+            say(f"done: {trainer.last_checkpoint}")
+
+
+def known_flops(model: Any) -> float | None:
+    """Operations of an image encoder for one picture, forward; None where there is no formula."""
+    from encoders.flops import image_flops
+
+    try:
+        return float(sum(image_flops(model).values()))
+    except (ValueError, AttributeError, TypeError):
+        return None
 
 
 def _short(value: float | None) -> str:

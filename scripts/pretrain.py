@@ -41,10 +41,12 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def train(config: PretrainRun) -> None:
+    from classification.initial_weights import load_encoder
     from classification.objective import ClassificationObjective, build_classifier
+    from contrastive.weight_sources import check_pixels, image_source
     from data_pipelines.classification import classification_stream, read_lines
     from eval.classification import ClassificationEvaluator
-    from scripts.launch import Launch
+    from scripts.launch import Launch, known_flops
 
     launch = Launch(config)
     parts = launch.accelerator.num_processes * max(1, config.train.accumulation)
@@ -57,6 +59,13 @@ def train(config: PretrainRun) -> None:
     launch.seed_models()
     model = build_classifier(config.model, len(classes))
     settings = model.pretrained_cfg
+    notes = []
+    if config.model.init_from is not None and launch.resume is None:
+        source = image_source(config.model.init_from, "model.init_from")
+        check_pixels(source, settings, "model.init_from")
+        trunk = {name: t for name, t in source.tensors.items() if name.startswith("trunk.")}
+        named = {name.removeprefix("trunk."): value for name, value in trunk.items()}
+        notes.append(f"image encoder: {load_encoder(model, named, source.name)}")
     image_size = settings["input_size"][-1]
     stream = classification_stream(
         config.data,
@@ -71,7 +80,14 @@ def train(config: PretrainRun) -> None:
         )
         for item in config.evaluation
     ]
-    launch.fit(objective, stream, evaluators)
+    launch.fit(
+        objective,
+        stream,
+        evaluators,
+        notes,
+        flops=known_flops(model),
+        describe=lambda batch: [classes[label] for label in batch["label"].tolist()],
+    )
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 from contrastive.config import ContrastiveConfig, ImageTowerConfig, TextTowerConfig
@@ -95,7 +96,21 @@ def train(config: ContrastiveRun) -> None:
     for side in stream.cached if launch.accelerator.is_main_process else ():
         without = "pictures are not decoded or cropped" if side == "image" else "no caption is read"
         say(f"the frozen {side} tower does not run: cached embeddings are streamed, {without}")
-    launch.fit(objective, stream, evaluators, notes)
+    launch.fit(objective, stream, evaluators, notes, describe=partial(decode_captions, tokenizer))
+
+
+def decode_captions(tokenizer: Any, batch: dict[str, Any]) -> list[str]:
+    """The text of a batch as the text tower gets it; keys where captions are embedded already."""
+    if "text" not in batch:
+        return list(batch["key"])
+    inner = getattr(tokenizer, "tokenizer", None)
+    if inner is not None:
+        return inner.batch_decode(batch["text"].tolist(), skip_special_tokens=True)
+    special = set(tokenizer.all_special_ids) | {0}
+    return [
+        tokenizer.decode([token for token in row if token not in special]).strip()
+        for row in batch["text"].tolist()
+    ]
 
 
 def cache_fingerprint(

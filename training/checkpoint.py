@@ -13,6 +13,7 @@ import math
 import os
 import random
 import shutil
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -66,9 +67,11 @@ def load_optimizer_tensors(
                 " settings of the run, or start a new one from its weights"
             )
         parameter = parameters[name]
-        # AdamW keeps its step counter where it kept it before; moments live with the parameter.
-        device = parameter.device if key != "step" or parameter.is_cuda else "cpu"
-        optimizer.state[parameter][key] = value.to(device)
+        # Only a fused optimizer counts its steps on the device; moments live with the parameter.
+        counts_there = parameter.is_cuda and bool(optimizer.defaults.get("fused"))
+        device = parameter.device if key != "step" or counts_there else "cpu"
+        is_flag = value.dtype == torch.bool and value.ndim == 0
+        optimizer.state[parameter][key] = bool(value) if is_flag else value.to(device)
 
 
 def random_state() -> dict[str, Tensor]:
@@ -131,15 +134,19 @@ class CheckpointWriter:
         path.parent.mkdir(exist_ok=True)
         path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
-    def publish(self, step: int) -> Path:
-        """Flush every file, write the manifest and give the folder its final name."""
+    def publish(self, step: int, facts: Mapping[str, Any] | None = None) -> Path:
+        """Flush every file, write the manifest and give the folder its final name.
+
+        Args:
+            facts: what the manifest says besides the step and the files.
+        """
         entries = {}
         for path in sorted(self.partial.rglob("*")):
             _flush(path)  # folders too: their entries are data
             if path.is_file():
                 relative = path.relative_to(self.partial).as_posix()
                 entries[relative] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
-        self.add_json(MANIFEST, {"format": FORMAT, "step": step, "files": entries})
+        self.add_json(MANIFEST, {"format": FORMAT, "step": step, **(facts or {}), "files": entries})
         _flush(self.partial / MANIFEST)
         _flush(self.partial)
         replaced = self.folder / f".{self.final.name}{REPLACED}"
@@ -214,17 +221,31 @@ def newest_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
     return None, messages
 
 
-def prune_checkpoints(folder: Path, newest: Path, keep: int) -> None:
-    """Keep `newest`, which has just been published, and the `keep - 1` before it.
+def prune_checkpoints(
+    folder: Path, newest: Path, keep: int, protected: Collection[str] = ()
+) -> None:
+    """Keep `newest`, which has just been published, the `keep - 1` before it, and those before it
+    whose names are `protected`.
 
     Checkpoints of later steps are left over from before the run went back: they are broken, or
     belong to a continuation that was given up. They would stand in the place of good ones, so they
     are removed too, as is what killed processes have not finished writing.
     """
     checkpoints = list_checkpoints(folder)
-    kept = [path for path in checkpoints if _published_name(path) <= newest.name][-max(1, keep) :]
+    earlier = [path for path in checkpoints if _published_name(path) <= newest.name]
+    kept = earlier[-max(1, keep) :]
+    kept += [path for path in earlier if _published_name(path) in protected]
     for path in {*checkpoints, *folder.glob(".step_*")} - set(kept):
         shutil.rmtree(path, ignore_errors=True)
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint; empty if it is not readable."""
+    try:
+        content = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def read_state(folder: Path) -> dict[str, Any]:

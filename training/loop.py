@@ -6,55 +6,56 @@ Positions are counted in steps; samples seen are steps times the global batch.
 
 from __future__ import annotations
 
-import math
+import threading
+import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from training.checkpoint import (
-    OPTIMIZER,
-    STATE,
-    CheckpointError,
-    CheckpointWriter,
-    load_optimizer_tensors,
-    load_tensors,
-    load_weights,
-    optimizer_tensors,
-    prune_checkpoints,
-    random_state,
-    read_state,
-    restore_random_state,
-)
+from training.checkpoint import CheckpointWriter, random_state, restore_random_state
 from training.config import OptimizerConfig, ScheduleConfig, TrainConfig
-from training.finite import FiniteGuard
-from training.objective import (
-    Batch,
-    Evaluator,
-    Objective,
-    TrainingStream,
-    check_share,
-    split_batch,
-)
+from training.durations import seconds
+from training.ema import WeightAverage
+from training.evaluation import Evaluation
+from training.objective import Batch, Evaluator, Metrics, Objective, TrainingStream, check_share
 from training.optim import build_optimizer
+from training.parallel import Layout
+from training.plan import (
+    MEASURED,
+    UNKNOWN,
+    announce,
+    check_settings,
+    make_guard,
+    make_plan,
+    say_speed,
+)
+from training.processes import Agreement, Watch, end_loaders
 from training.progress import Progress
-from training.run_directory import MetricsWriter, check_tensorboard
-from training.run_log import LOGGER, say
-from training.schedules import check_schedule, learning_rate_factor
+from training.run_directory import has_row
+from training.run_log import say
+from training.saving import SaveError, Saver, total_counts
+from training.signals import Interrupted, StopRequests
+from training.step import TrainingStep
+from training.tracking import Tracking
 
 
 class Trainer:
-    """Trains `objective` on `stream`; `fit` runs to the last step.
+    """Trains `objective` on `stream`; `fit` runs to the last step, or to a request to stop.
 
     Args:
         accelerator: device, precision and processes.
         run_dir: an existing folder; receives metrics, evaluations and checkpoints.
         resume: a verified checkpoint of the same run to continue from, or None.
+        settings, flops, describe: see `Tracking`.
+        layout: how parameters lie on the processes; whole on each when None.
+
+    Attributes:
+        stopped: why `fit` has ended before the last step, or None.
 
     Raises:
         ValueError: settings that cannot work together.
@@ -72,116 +73,226 @@ class Trainer:
         accelerator: Accelerator,
         run_dir: Path,
         resume: Path | None = None,
+        *,
+        settings: Mapping[str, Any] | None = None,
+        flops: float | None = None,
+        describe: Callable[[Batch], list[str]] | None = None,
+        layout: Layout | None = None,
     ) -> None:
+        self.layout = layout or Layout()
         self.objective, self.stream, self.evaluators = objective, stream, evaluators
-        self.train, self.optim, self.schedule = train, optimizer, schedule
-        self.accelerator, self.run_dir = accelerator, run_dir
-        self._check_settings()
-        model_names = objective.no_weight_decay()
-        self.optimizer = build_optimizer(
-            objective, {f"model.{name}" for name in model_names}, optimizer
-        )
-        objective.to(accelerator.device)
-        self.step = 0
-        self.skipped: Counter[str] = Counter()
-        self.last_checkpoint: Path | None = resume
-        self._resumed_random: dict[str, Tensor] | None = None
-        self.guard = FiniteGuard(accelerator.device, train.precision)
-        if resume is not None:
-            self._load(resume)
-        self.wrapped: nn.Module
-        self.wrapped, self.updater = accelerator.prepare(objective, self.optimizer)
-        self.writer: MetricsWriter | None = None
-
-    def _check_settings(self) -> None:
-        train, processes = self.train, self.accelerator.num_processes
-        for name in ("steps", "batch_size", "accumulation", "log_every", "keep_last"):
-            if getattr(train, name) < 1:
-                raise ValueError(f"train.{name} must be at least 1, got {getattr(train, name)}")
-        for name in ("eval_every", "save_every"):
-            if getattr(train, name) < 0:
-                raise ValueError(f"train.{name} must not be negative; 0 is only at the end")
-        if self.optim.clip_norm < 0:
-            raise ValueError("optimizer.clip_norm must not be negative; 0 turns clipping off")
-        if train.tensorboard:
-            check_tensorboard()
-        check_schedule(train.steps, self.schedule)
-        sets = [evaluator.name for evaluator in self.evaluators]
-        if len(set(sets)) < len(sets):
-            raise ValueError(f"evaluation: give each set a name of its own, got {', '.join(sets)}")
-        if train.batch_size % (processes * train.accumulation):
-            raise ValueError(
-                f"train.batch_size {train.batch_size} cannot be divided into {processes} processes"
-                f" x {train.accumulation} parts"
-            )
+        self.train, self.optim, self.run_dir = train, optimizer, run_dir
+        self.accelerator, self.last_checkpoint = accelerator, resume
+        processes = accelerator.num_processes
+        check_settings(train, optimizer, processes, [e.name for e in evaluators])
+        self.plan = make_plan(train, schedule, len(stream))
         self._splitting = (
-            self.objective.check_accumulation(train.accumulation, train.batch_size)
+            objective.check_accumulation(train.accumulation, train.batch_size)
             if train.accumulation > 1
             else ""
         )
+        no_decay = {f"model.{name}" for name in objective.no_weight_decay()}
+        self.optimizer = build_optimizer(objective, no_decay, optimizer, accelerator.device)
+        self.layout.place(objective, accelerator.device)
+        self.average = WeightAverage(objective.model, train.ema_decay) if train.ema_decay else None
+        self.guard = make_guard(train, accelerator, run_dir)
+        self.saver = Saver(
+            run_dir / "checkpoints",
+            objective,
+            self.optimizer,
+            stream,
+            accelerator,
+            self.guard,
+            self.layout,
+            keep_last=train.keep_last,
+            keep_every=self.plan.keep_every,
+            keep_best=train.keep_best,
+            in_background=train.save_in_background,
+            average=self.average,
+            exports_average=train.ema_export,
+        )
+        self.step, self.skipped = 0, Counter[str]()
+        self._resumed_random: dict[str, Tensor] | None = None
+        if resume is not None:
+            self._continue_from(resume)
+        if train.gradient_checkpointing:
+            objective.checkpoint_gradients()
+        for part in objective.compiled_parts() if train.compile else ():
+            part.compile(backend=train.compile)
+        self.wrapped: nn.Module
+        self.wrapped, self.updater = self.layout.prepare(accelerator, objective, self.optimizer)
+        if self.average is not None:
+            self.average.average = self.layout.divide(self.average.average, objective.model)
+        self._update = TrainingStep(
+            objective,
+            self.wrapped,
+            self.updater,
+            accelerator,
+            self.guard,
+            self.layout,
+            optimizer,
+            self.plan,
+            parts=train.accumulation,
+            average=self.average,
+        )
+        self._evaluation = Evaluation(
+            objective,
+            evaluators,
+            accelerator,
+            self.average if train.ema_evaluate else None,
+            self.layout,
+            # Several processes cannot leave an evaluation together; see `_evaluate_and_save`.
+            lambda: self._requests.interruptible() if processes == 1 else nullcontext(),
+        )
+        self.stopped: str | None = None
+        self._tracking_options = {"settings": settings or {}, "flops": flops, "describe": describe}
+        self.tracking: Tracking | None = None
+        self._requests = StopRequests()
+        self._watch: Watch | None = None
+        self._pending: CheckpointWriter | None = None
+        self._publishing = threading.Lock()
+
+    def _continue_from(self, checkpoint: Path) -> None:
+        position = self.saver.load(checkpoint)
+        self.step, self.skipped = position.step, position.skipped
+        self._resumed_random = position.random
+        if self.plan.time is not None and position.planned_steps is not None:
+            self.plan.steps = position.planned_steps
 
     def fit(self) -> dict[str, float | None]:
         """Train to the last step, then evaluate and save; returns the last evaluation.
 
+        SIGTERM, SIGINT, SIGUSR1 and the end of `train.max_time` end it earlier: with a checkpoint,
+        after the same step on all processes, and with the reason in `stopped`.
+
         Raises:
             NonFiniteError: the loss or the gradient was not finite; see `FiniteGuard` for when.
         """
-        train = self.train
-        self._announce()
-        if self.accelerator.is_main_process:
-            self.writer = MetricsWriter(
-                self.run_dir, resumed_step=self.step, tensorboard=train.tensorboard
-            )
-        progress = Progress(self.step, train.steps, self.accelerator.is_main_process)
+        main = self.accelerator.is_main_process
+        if main:
+            self._announce()
+        budget = self.train.max_time and seconds(self.train.max_time, "train.max_time")
+        progress = Progress(self.step, self.plan.steps, main)
+        self.tracking = Tracking(
+            self.run_dir,
+            self.train,
+            self.accelerator,
+            progress,
+            resumed_step=self.step,
+            **self._tracking_options,
+        )
+        failed = True
+        try:
+            with StopRequests(budget or None) as self._requests:
+                self._start_watch()
+                figures = self._run(progress)
+            failed = False
+            return figures
+        except RuntimeError:  # perhaps because another process has died
+            if self._watch is not None:
+                self._watch.explain()
+            raise
+        finally:
+            with suppress(SaveError):  # said already, or less than what has ended the run
+                self.saver.finish()
+            progress.close()
+            self.tracking.summary(self.step, self.skipped)
+            self.tracking.close()
+            if self._watch is not None:
+                self._watch.close(failed)
+            if failed or self.stopped:
+                end_loaders()
+
+    def _run(self, progress: Progress) -> dict[str, float | None]:
+        assert self.tracking is not None
+        agreement = Agreement(self.accelerator.num_processes)
         batches = iter(self.stream.batches(self.step))
         if self._resumed_random is not None:  # only here: a new loader draws a random number
             restore_random_state(self._resumed_random)
         figures: dict[str, float | None] = {}
         self.wrapped.train()
-        try:
-            while self.step < train.steps:
-                batch = self._next(batches, progress)
-                logs = self._logs(self.step + 1)
-                self.objective.wants_details = logs and train.log_routing
-                loss, norm, metrics = self._update(batch)
-                self.step += 1
-                progress.advance(train.batch_size)
-                last = self.step == train.steps
-                if logs:
-                    self._log(loss, norm, metrics, progress)
-                evaluates = last or _is_due(self.step, train.eval_every)
-                saves = last or _is_due(self.step, train.save_every)
-                if evaluates or saves:
-                    with progress.paused():
-                        figures = self._evaluate_and_save(evaluates, saves) or figures
-        finally:
-            progress.close()
-            if self.writer is not None:
-                self.writer.close()
+        if agreement.largest(self.owes_evaluation()):
+            figures = self._evaluate_and_save(True, False)
+        started = time.perf_counter()
+        while self.step < self.plan.steps:
+            self.saver.check()
+            batch = self._next(batches, progress)
+            self._enter("waiting for the others")
+            if agreement.largest(batch is None):
+                self._stop()
+                break
+            assert batch is not None  # nobody wants to stop
+            logs = self.plan.logs(self.step + 1, self.train.log_every)
+            self.objective.wants_details = logs and self.train.log_routing
+            self.tracking.draw(batch, self.step + 1)
+            self._enter("in a training step")
+            loss, norm, metrics = self._update(batch, self.step)
+            self.step += 1
+            progress.advance(self.train.batch_size)
+            if self.step == MEASURED:
+                self._measure((time.perf_counter() - started) / MEASURED, agreement, progress)
+            if logs:
+                self._log(loss, norm, metrics)
+            evaluates, saves = (
+                self._is_due(self.plan.eval_every),
+                self._is_due(self.plan.save_every),
+            )
+            if evaluates or saves:
+                with progress.paused():
+                    figures = self._evaluate_and_save(evaluates, saves) or figures
+        self.saver.finish()
         return figures
 
-    def _logs(self, step: int) -> bool:
-        return step in (1, self.train.steps) or step % self.train.log_every == 0
+    def _is_due(self, every: int) -> bool:
+        return self.step == self.plan.steps or (every > 0 and self.step % every == 0)
+
+    def owes_evaluation(self) -> bool:
+        """Whether the run has been stopped in the evaluation of the step where it stands."""
+        due = self.step > 0 and bool(self.evaluators) and self._is_due(self.plan.eval_every)
+        return due and not has_row(self.run_dir / "eval.jsonl", self.step)
 
     def _announce(self) -> None:
-        train, samples = self.train, len(self.stream)
-        if not self.accelerator.is_main_process:
-            return
-        total = sum(p.numel() for p in self.objective.parameters())
-        trained = sum(p.numel() for p in self.objective.parameters() if p.requires_grad)
-        say(
-            f"{train.steps} steps of {train.batch_size} samples"
-            f" = {train.steps * train.batch_size / samples:.1f} epochs of {samples};"
-            f" {trained / 1e6:.1f} M of {total / 1e6:.1f} M parameters trained;"
-            f" {self.accelerator.num_processes} process(es) on {self.accelerator.device.type},"
-            f" {train.precision}" + (f"; resumed at step {self.step}" if self.step else "")
+        announce(
+            self.plan,
+            self.train,
+            self.objective,
+            self.optim,
+            self.accelerator,
+            self.layout,
+            len(self.stream),
+            self.step,
         )
         if self._splitting:
-            say(f"accumulation {train.accumulation}: {self._splitting}")
+            say(f"accumulation {self.train.accumulation}: {self._splitting}")
 
-    def _next(self, batches: Iterator[Batch], progress: Progress) -> Batch:
-        with progress.waiting():
+    def _start_watch(self) -> None:
+        limit = seconds(self.train.stall_limit, "train.stall_limit")
+        rank, processes = self.accelerator.process_index, self.accelerator.num_processes
+        rescue = self._rescue if self.accelerator.is_main_process else None
+        self._watch = Watch(rank, processes, limit, self._requests, rescue)
+        self._watch.start()
+
+    def _enter(self, phase: str) -> None:
+        if self._watch is not None:
+            self._watch.enter(phase, self.step)
+
+    def _measure(self, step_time: float, agreement: Agreement, progress: Progress) -> None:
+        """Say how long the run will take, and give a run of a given time its steps."""
+        plan = self.plan
+        if plan.time is not None and plan.steps == UNKNOWN:
+            plan.steps = agreement.largest(max(MEASURED + 1, int(plan.time / step_time)))
+            progress.set_total(plan.steps)
+        if self.accelerator.is_main_process and plan.steps > 2 * MEASURED:
+            say_speed(plan, step_time, self.step, self.accelerator.device)
+
+    def _next(self, batches: Iterator[Batch], progress: Progress) -> Batch | None:
+        """The next batch, on the device; None if a stop was requested."""
+        self._enter("waiting for data")
+        batch: Batch = {}
+        with suppress(Interrupted), progress.waiting(), self._requests.interruptible():
             batch = next(batches)
+        if self._requests.reason is not None:
+            return None
         self.skipped.update(batch.pop("skipped", ()))
         share = self.train.batch_size // self.accelerator.num_processes
         check_share(batch, share, self.step + 1)
@@ -191,109 +302,44 @@ class Trainer:
             for name, value in batch.items()
         }
 
-    def _update(self, batch: Batch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """One optimizer step; returns detached loss, gradient norm and metrics, on the device."""
-        rate = self.optim.lr * learning_rate_factor(self.step, self.train.steps, self.schedule)
-        for group in self.updater.param_groups:
-            group["lr"] = rate * group["lr_factor"]
-        self.objective.before_step(self.step)
-        results = self._backward(split_batch(batch, self.train.accumulation))
-        limit = self.optim.clip_norm or math.inf
-        norm = torch.as_tensor(self.accelerator.clip_grad_norm_(self.wrapped.parameters(), limit))
-        loss = torch.stack([loss for loss, _ in results]).mean()
-        metrics = {
-            name: torch.stack([metrics[name] for _, metrics in results]).mean()
-            for name in results[0][1]
-        }
-        self.guard.check(loss, norm, self.step + 1)
-        self.updater.step()
-        self.guard.count(self.updater.step_was_skipped, self.step + 1)
-        self.updater.zero_grad()
-        self.objective.after_step()
-        return loss, norm, metrics
+    def _stop(self) -> None:
+        """End before the last step, with a checkpoint of this one."""
+        self.stopped = self._requests.reason or "another process was asked to stop"
+        if self.last_checkpoint is None or self.saver.last_step != self.step:
+            self.save()
 
-    def _backward(self, parts: list[Batch]) -> list[tuple[Tensor, dict[str, Tensor]]]:
-        """Accumulate the gradient of the batch, synchronised in the last backward pass only;
-        returns detached loss and metrics of each part."""
-        losses = self.objective.part_losses(self.wrapped, parts)
-        results = []
-        for number in range(1, len(parts) + 1):
-            last = number == len(parts)
-            with nullcontext() if last else self.accelerator.no_sync(self.wrapped):
-                loss, metrics = next(losses)  # the forward passes too must know whether to prepare
-                self.accelerator.backward(loss / len(parts))
-            results.append((loss.detach(), metrics))
-        return results
-
-    def _log(
-        self, loss: Tensor, norm: Tensor, metrics: dict[str, Tensor], progress: Progress
-    ) -> None:
-        """Write a row of metrics: means over all processes, but counts of this process only.
-
-        `skipped` are its unusable samples so far, `skipped_updates` the updates that the gradient
-        scaler has skipped; both are left out while they are zero.
-        """
+    def _log(self, loss: Tensor, norm: Tensor, metrics: Metrics) -> None:
+        """Write a row of metrics. `skipped` are unusable samples so far, `skipped_updates` those
+        of the gradient scaler, `left_out_updates` those of the guard."""
         self.guard.verify(self.step)
-        names = sorted(metrics)
-        stacked = torch.stack([loss.float(), *(metrics[name].float() for name in names)])
-        stacked = self.accelerator.reduce(stacked, reduction="mean")
-        if self.writer is None:
-            return
-        values = dict(zip(["loss", *names], stacked.tolist(), strict=True))
-        speed = progress.speed()
-        counts = {"skipped": self.skipped.total(), "skipped_updates": self.guard.skipped}
-        self.writer.write(
-            "metrics",
-            self.step,
-            {
-                "samples": self.step * self.train.batch_size,
-                **values,
-                "grad_norm": float(norm),
-                "lr": self.updater.param_groups[0]["lr"],
-                **speed,
-                **{name: count for name, count in counts.items() if count},
-            },
-        )
-        progress.show(values["loss"], speed)
+        counts = {
+            "skipped": self.skipped.total(),
+            "skipped_updates": self.guard.skipped,
+            "left_out_updates": self.guard.left_out,
+        }
+        assert self.tracking is not None
+        self.tracking.row(self.position, loss, norm, metrics, self._update.rates(), counts)
+
+    @property
+    def position(self) -> dict[str, int]:
+        """How far the run has come, for checkpoints."""
+        return {"step": self.step, "samples": self.samples, "planned_steps": self.plan.steps}
+
+    @property
+    def samples(self) -> int:
+        """Samples seen so far, over all processes."""
+        return self.step * self.train.batch_size
 
     def evaluate(self) -> dict[str, float | None]:
         """Run all evaluators on the model in eval mode; training continues as if they had not."""
-        was_training = self.objective.training
-        self.objective.eval()
-        outside = random_state()
-        figures: dict[str, float | None] = {}
-        with torch.inference_mode(), self.accelerator.autocast():
-            for evaluator in self.evaluators:
-                for name, value in evaluator(self.objective.model).items():
-                    figures[f"{evaluator.name}/{name}"] = value
-        restore_random_state(outside)
-        self.objective.train(was_training)
-        if self.writer is not None and figures:
-            samples = self.step * self.train.batch_size
-            self.writer.write("eval", self.step, {"samples": samples, **figures})
-            LOGGER.info("evaluation at step %d: %s", self.step, figures)
+        figures = self._evaluation(random_state())
+        if self.tracking is not None:
+            self.tracking.evaluation(self.position, figures)
         return figures
-
-    def state(self) -> dict[str, Any]:
-        """What a checkpoint holds besides tensors."""
-        scaler = self.accelerator.scaler
-        return {
-            "step": self.step,
-            "samples": self.step * self.train.batch_size,
-            "stream": self.stream.identity(),
-            "skipped": dict(self.total_skipped()),
-            "processes": self.accelerator.num_processes,
-            "skipped_updates": self.guard.skipped,
-            "gradient_scaler": scaler.state_dict() if scaler is not None else None,
-        }
 
     def total_skipped(self) -> Counter[str]:
         """Skipped samples by reason, over all processes."""
-        if self.accelerator.num_processes == 1:
-            return self.skipped
-        gathered: list[Any] = [None] * self.accelerator.num_processes
-        torch.distributed.all_gather_object(gathered, dict(self.skipped))
-        return sum((Counter(part) for part in gathered), Counter())
+        return total_counts(self.skipped, self.accelerator.num_processes)
 
     def save(self) -> None:
         """Publish a checkpoint of this step and remove the ones that are no longer kept.
@@ -302,6 +348,7 @@ class Trainer:
             NonFiniteError: the weights have been updated with values that are not finite.
         """
         self._evaluate_and_save(evaluates=False, saves=True)
+        self.saver.finish()
 
     def _evaluate_and_save(self, evaluates: bool, saves: bool) -> dict[str, float | None]:
         """Do what is due after a step; returns the figures.
@@ -310,57 +357,40 @@ class Trainer:
         evaluation that fails does not lose the step, not even where only one process fails and
         nothing can be gathered any more; and one that is killed is repeated.
         """
-        writer = self._write_checkpoint() if saves else None
+        alone = self.accelerator.num_processes == 1
+        saves = saves or (evaluates and bool(self.train.keep_best))
+        figures: dict[str, float | None] = {}
+        # Several processes cannot leave an evaluation together, so a stop in it needs a checkpoint
+        # that is written already.
+        if saves or (evaluates and not alone):
+            self._enter("saving")
+            self._pending = self.saver.write(self.skipped, **self.position)
         try:
-            figures = self.evaluate() if evaluates else {}
+            if evaluates:
+                self._enter("evaluating")
+                figures = self.evaluate()
+        except Interrupted:
+            self.stopped = self._requests.reason
         finally:
-            if writer is not None and self.accelerator.is_main_process:
-                self.last_checkpoint = writer.publish(self.step)
-                prune_checkpoints(writer.folder, self.last_checkpoint, self.train.keep_last)
+            self._enter("saving")
+            if saves:
+                self._publish(figures)
+            elif self._pending is not None:
+                self.saver.discard(self._pending)
+                self._pending = None
         if saves:
             self.accelerator.wait_for_everyone()
         return figures
 
-    def _write_checkpoint(self) -> CheckpointWriter:
-        """Write everything but the name of this step's checkpoint, on all processes."""
-        accelerator = self.accelerator
-        self.guard.verify(self.step)
-        writer = CheckpointWriter(self.run_dir / "checkpoints", self.step)
-        state = self.state()
-        if accelerator.is_main_process:
-            writer.begin()
-            writer.add_tensors(self.objective.weights_file, self.objective.model.state_dict())
-            writer.add_tensors(OPTIMIZER, optimizer_tensors(self.optimizer, self.objective))
-            writer.add_json(STATE, state)
-            for name, content in self.objective.config_files().items():
-                writer.add_json(name, content)
-        accelerator.wait_for_everyone()
-        writer.add_tensors(f"rng/rank_{accelerator.process_index}.safetensors", random_state())
-        accelerator.wait_for_everyone()
-        return writer
+    def _publish(self, figures: dict[str, float | None]) -> None:
+        """Give the checkpoint that has been written its name, once."""
+        with self._publishing:
+            if self._pending is not None:
+                path = self.saver.publish(self._pending, self.position, figures)
+                self.last_checkpoint, self._pending = path, None
 
-    def _load(self, folder: Path) -> None:
-        state = read_state(folder)
-        expected, found = self.stream.identity(), state["stream"]
-        changed = [name for name in expected if expected[name] != found.get(name)]
-        if changed:
-            differences = ", ".join(
-                f"{name} was {found.get(name)}, is {expected[name]}" for name in changed
-            )
-            raise CheckpointError(f"cannot resume '{folder}' on another stream: {differences}")
-        weights = load_tensors(folder / self.objective.weights_file)
-        load_weights(self.objective.model, weights, str(folder))
-        load_optimizer_tensors(self.optimizer, self.objective, load_tensors(folder / OPTIMIZER))
-        own = folder / "rng" / f"rank_{self.accelerator.process_index}.safetensors"
-        if own.is_file():  # a process that did not exist before starts with its own seed
-            self._resumed_random = load_tensors(own)
-        if self.accelerator.scaler is not None and state["gradient_scaler"] is not None:
-            self.accelerator.scaler.load_state_dict(state["gradient_scaler"])
-        self.step = state["step"]
-        self.guard.skipped, self.guard.verified = state.get("skipped_updates", 0), self.step
-        if self.accelerator.is_main_process:
-            self.skipped = Counter(state["skipped"])
-
-
-def _is_due(step: int, every: int) -> bool:
-    return every > 0 and step % every == 0
+    def _rescue(self) -> str:
+        """What the watch does for a main thread that cannot leave an evaluation."""
+        self._publish({})
+        self.saver.finish()
+        return f"checkpoint {self.last_checkpoint}"

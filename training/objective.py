@@ -91,6 +91,23 @@ class Objective(nn.Module):
         for part in parts:
             yield forward(part)
 
+    def compiled_parts(self) -> Sequence[nn.Module]:
+        """Modules to compile, each of which is called as a whole."""
+        return [self.model]
+
+    def checkpoint_gradients(self) -> None:
+        """Compute activations again in the backward pass.
+
+        Raises:
+            ValueError: the model does not offer it.
+        """
+        enable = getattr(self.model, "set_grad_checkpointing", None)
+        if enable is None:
+            raise ValueError(
+                f"train.gradient_checkpointing: {type(self.model).__name__} does not offer it"
+            )
+        enable(True)
+
     def no_weight_decay(self) -> set[str]:
         """Names of `model`'s parameters that must not be decayed."""
         named = getattr(self.model, "no_weight_decay", None)

@@ -24,6 +24,7 @@ class Progress:
             dynamic_ncols=True,
             disable=not (is_main and sys.stderr.isatty()),
         )
+        self.total_wait = 0.0  # seconds
         self._reset()
 
     def _reset(self) -> None:
@@ -35,13 +36,17 @@ class Progress:
     def waiting(self) -> Iterator[None]:
         start = time.perf_counter()
         yield
-        self._wait += time.perf_counter() - start
+        waited = time.perf_counter() - start
+        self._wait, self.total_wait = self._wait + waited, self.total_wait + waited
 
     @contextmanager
     def paused(self) -> Iterator[None]:
         start = time.perf_counter()
         yield
         self._pause += time.perf_counter() - start
+
+    def set_total(self, total: int) -> None:
+        self.bar.total = total
 
     def advance(self, samples: int) -> None:
         self._samples += samples

@@ -21,7 +21,11 @@ PARTIAL_SETTINGS = SETTINGS + ".partial"
 FREE_SETTINGS = {
     "resume", "run_dir", "evaluation", "data.workers",
     "train.steps", "train.log_every", "train.eval_every", "train.save_every", "train.keep_last",
-    "train.threads", "train.tensorboard", "train.log_routing",
+    "train.threads", "train.tensorboard", "train.log_routing", "train.max_time",
+    "train.stall_limit", "train.ema_evaluate", "train.compile", "train.gradient_checkpointing",
+    "train.expert_parallel", "train.fsdp",
+    "train.trackers", "train.sample_sheets", "train.peak_tflops", "train.keep_every",
+    "train.keep_best", "train.save_in_background",
 }  # fmt: skip
 
 
@@ -98,6 +102,11 @@ def _differences(
     return {name: f"{name} was {a}, is {b}" for name, (a, b) in pairs.items() if a != b}
 
 
+def flat_settings(settings: Mapping[str, Any]) -> dict[str, str]:
+    """Settings by dotted name, as JSON."""
+    return _flat(settings)
+
+
 def _flat(settings: Mapping[Any, Any], prefix: str = "") -> dict[str, str]:
     """Values as JSON by dotted name."""
     found: dict[str, str] = {}
@@ -128,6 +137,13 @@ def write_environment(path: Path) -> None:
         "packages": {name: version(name) for name in packages},
     }
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def has_row(path: Path, step: int) -> bool:
+    """Whether a file of JSON lines holds one of `step`; other lines may be torn."""
+    if not path.exists():
+        return False
+    return any(f'{{"step": {step}, ' in line for line in path.read_text("utf-8").splitlines())
 
 
 class MetricsWriter:

@@ -154,3 +154,31 @@ def test_cores_are_divided_among_the_processes_of_this_machine(
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     assert launch.stream_options(None)["workers"] == 1
     assert launch.stream_options(None)["world"] == 16
+
+
+def test_layouts_that_cannot_be_are_refused(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    shards: Path,
+    tmp_path: Path,
+) -> None:
+    def line(*options: str) -> str:
+        arguments = contrastive_arguments(shards, tmp_path / "run", *options)
+        return refusal(capsys, train_contrastive, arguments)
+
+    assert "expert_parallel 2 must divide the number of processes, 1" in line(
+        "--train.expert_parallel=2"
+    )
+    assert "train.fsdp and train.expert_parallel both divide" in line(
+        "--train.expert_parallel=2", "--train.fsdp=true"
+    )
+    assert "optimizer.kind muon looks at whole parameters, which train.fsdp divides" in line(
+        "--train.fsdp=true", "--optimizer.kind=muon"
+    )
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    assert "both divide the experts" in line("--train.expert_parallel=2")
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_OFFLOAD_PARAMS", "true")
+    assert "configured with fsdp_offload_params, which is not supported" in line()
+    assert list(tmp_path.iterdir()) == []

@@ -188,13 +188,15 @@ def snapshot(folder: Path) -> dict[str, bytes]:
 
 def test_a_run_leaves_its_settings_logs_and_one_checkpoint(finished: Path) -> None:
     assert {path.name for path in finished.iterdir()} == {
-        "config.yaml", "env.json", "metrics.jsonl", "checkpoints", "train.log",
+        "config.yaml", "env.json", "metrics.jsonl", "checkpoints", "train.log", "samples",
     }  # fmt: skip
     assert [path.name for path in (finished / "checkpoints").iterdir()] == ["step_00000002"]
-    image, text, plan, done = (finished / "train.log").read_text().splitlines()
+    image, text, plan, details, summary, done = (finished / "train.log").read_text().splitlines()
     assert image.endswith("image tower: random weights")
     assert text.endswith("text tower: random weights")
     assert "2 steps of 8 samples" in plan
+    assert "plan: 8 samples x 1 process(es) x 1 part(s) a step; adamw, cosine" in details
+    assert "summary: steps 1 to 2, 16 samples in " in summary
     assert f"done: {finished}/checkpoints/step_00000002" in done
 
 

@@ -29,6 +29,7 @@ from training.config import OptimizerConfig, ScheduleConfig, TrainConfig
 from training.finite import NonFiniteError
 from training.loop import Trainer
 from training.objective import Batch, Evaluator, Metrics, Objective
+from training.step import TrainingStep
 
 BATCH = 8
 
@@ -110,6 +111,7 @@ def make_trainer(
     resume: Path | None = None,
     clip_norm: float = 1.0,
     accelerator: Accelerator | None = None,
+    schedule: ScheduleConfig | None = None,
     **settings: Any,
 ) -> Trainer:
     """A trainer of 12 steps from seed 0, with a checkpoint every 4."""
@@ -124,25 +126,29 @@ def make_trainer(
         evaluators,
         train,
         OptimizerConfig(lr=0.05, clip_norm=clip_norm),
-        ScheduleConfig("cosine", warmup_steps=2),
+        schedule or ScheduleConfig("cosine", warmup_steps=2),
         accelerator or Accelerator(cpu=True),
         run_dir,
         resume,
     )
 
 
-def metrics(run_dir: Path) -> list[dict[str, Any]]:
+def metrics(run_dir: Path, name: str = "metrics") -> list[dict[str, Any]]:
     """Rows of metrics.jsonl without what the clock decides."""
-    clock = {"time", "samples_per_second", "data_wait"}
-    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+    clock = {"time", "samples_per_second", "data_wait", "memory_gb", "tflops", "mfu"}
+    lines = (run_dir / f"{name}.jsonl").read_text().splitlines()
     return [{k: v for k, v in json.loads(line).items() if k not in clock} for line in lines]
 
 
 def outcome(run_dir: Path, step: int = 12) -> tuple[dict[str, bytes], list[dict[str, Any]]]:
-    """Every file of the checkpoint of `step`, and the metrics."""
+    """Every file of the checkpoint of `step`, and the metrics, without what the clock decides."""
     final = run_dir / "checkpoints" / name_of(step)
     files = {p.relative_to(final).as_posix(): p for p in final.rglob("*") if p.is_file()}
-    return {name: path.read_bytes() for name, path in files.items()}, metrics(run_dir)
+    contents = {name: path.read_bytes() for name, path in files.items()}
+    manifest = json.loads(contents["manifest.json"])
+    assert manifest.pop("clock")["wall_seconds"] > 0
+    del manifest["figures"]  # which eval.jsonl holds too
+    return contents | {"manifest.json": json.dumps(manifest).encode()}, metrics(run_dir)
 
 
 @pytest.fixture(scope="module")
@@ -237,18 +243,20 @@ class Detailed(Regression):
 
 
 @pytest.mark.parametrize("log_routing", [True, False])
-def test_details_are_asked_for_in_logged_steps(tmp_path: Path, log_routing: bool) -> None:
+def test_details_are_asked_for_in_logged_steps(
+    tmp_path: Path, log_routing: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     trainer = make_trainer(
         tmp_path, Detailed, steps=5, log_every=3, accumulation=2, log_routing=log_routing
     )
     asked = []
-    update = trainer._update
+    update = TrainingStep.__call__
 
-    def spy(batch: Batch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        asked.append(trainer.objective.wants_details)
-        return update(batch)
+    def spy(self: TrainingStep, batch: Batch, step: int) -> tuple[Tensor, Tensor, Metrics]:
+        asked.append(self.objective.wants_details)
+        return update(self, batch, step)
 
-    trainer._update = spy
+    monkeypatch.setattr(TrainingStep, "__call__", spy)
     trainer.fit()
     assert asked == [log_routing and step in (1, 3, 5) for step in range(1, 6)]
     rows = metrics(tmp_path)

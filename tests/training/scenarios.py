@@ -1,0 +1,249 @@
+"""Runs of the tiny task of `test_loop` in forked processes to which something happens.
+
+`python tests/training/scenarios.py FOLDER NAME...` plays the named scenarios and prints what became
+of each as JSON. One interpreter for all, because importing torch takes longer than they do.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from torch import nn
+
+import training.processes
+import training.signals
+from tests.training.test_loop import Regression, RowStream
+from training.checkpoint import newest_checkpoint
+from training.config import OptimizerConfig, ScheduleConfig, TrainConfig
+from training.loop import Trainer
+from training.objective import Batch
+
+STEPS, BATCH = 8, 8
+AT = 5  # the step, counted from 1, in which something happens
+
+
+@dataclass
+class Scenario:
+    """What happens: `event` at a `place`, on one `rank` of `world`."""
+
+    place: str = ""
+    event: Callable[[], None] = lambda: None
+    world: int = 1
+    rank: int = 0
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+def sends(number: int) -> Callable[[], None]:
+    """Signal oneself, then do nothing for longer than a test lasts."""
+
+    def event() -> None:
+        os.kill(os.getpid(), number)
+        time.sleep(100)
+
+    return event
+
+
+def passing(number: int) -> Callable[[], None]:
+    return lambda: os.kill(os.getpid(), number)
+
+
+def fails() -> None:
+    raise ValueError("this sample is cursed")
+
+
+def interrupts_twice() -> None:
+    os.kill(os.getpid(), signal.SIGINT)
+    end = time.monotonic() + 100
+    while time.monotonic() < end:  # a step that does not end
+        time.sleep(2 * training.signals.ECHO)
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+TERM, INT, USR1 = signal.SIGTERM, signal.SIGINT, signal.SIGUSR1
+SCENARIOS = {
+    "unbroken": Scenario(),
+    "term in a step": Scenario("step", passing(TERM)),
+    "int while waiting": Scenario("data", sends(INT)),
+    "usr1 in the evaluation": Scenario("evaluation", sends(USR1)),
+    "term in the last evaluation": Scenario("last evaluation", sends(TERM)),
+    "twice": Scenario("step", interrupts_twice),
+    "time": Scenario("data", lambda: time.sleep(100), settings={"max_time": "0.5 s"}),
+    "stall": Scenario("data", lambda: time.sleep(100), settings={"stall_limit": "1 s"}),
+    "unbroken pair": Scenario(world=2),
+    "term in a step of one": Scenario("step", passing(TERM), 2, 1),
+    "int while one waits": Scenario("data", sends(INT), 2, 1),
+    "usr1 in an evaluation of one": Scenario("evaluation", sends(USR1), 2, 1),
+    "one dies": Scenario("step", passing(signal.SIGKILL), 2, 1),
+    "one fails": Scenario("data", fails, 2, 1),
+    "one stalls": Scenario("data", lambda: time.sleep(100), 2, 1, {"stall_limit": "1 s"}),
+}
+
+
+class Eventful:
+    """The places of a scenario, each of which calls its event once on its process."""
+
+    def __init__(self, scenario: Scenario, rank: int) -> None:
+        self.scenario, self.rank = scenario, rank
+
+    def at(self, place: str, step: int) -> None:
+        chosen = self.scenario
+        due = STEPS if place == "last evaluation" else AT
+        if (place, self.rank, step) == (chosen.place, chosen.rank, due):
+            chosen.event()
+
+
+class Rows(RowStream):
+    """This process's rows; counts what was handed out in a file."""
+
+    def __init__(self, events: Eventful, world: int, log: Path) -> None:
+        self.events, self.world, self.log = events, world, log
+
+    def batches(self, start_step: int = 0) -> Iterator[Batch]:
+        return self._own_rows(super().batches(start_step), start_step)
+
+    def _own_rows(self, batches: Iterator[Batch], start_step: int) -> Iterator[Batch]:
+        share = BATCH // self.world
+        rows = slice(self.events.rank * share, (self.events.rank + 1) * share)
+        for step, batch in enumerate(batches, start_step + 1):
+            self.events.at("data", step)
+            numbers = list(range((step - 1) * BATCH, step * BATCH))[rows]
+            with open(self.log, "a") as file:
+                file.write(f"{step} {numbers}\n")
+            yield {"x": batch["x"][rows], "y": batch["y"][rows], "skipped": []}
+
+
+class Task(Regression):
+    def __init__(self, events: Eventful, noise: bool) -> None:
+        super().__init__(noise=noise)
+        self.events = events
+
+    def before_step(self, step: int) -> None:
+        self.events.at("step", step + 1)
+
+
+class Probe:
+    name = "probe"
+
+    def __init__(self, events: Eventful) -> None:
+        self.events, self.trainer = events, None
+
+    def __call__(self, model: nn.Module) -> dict[str, float | None]:
+        step = self.trainer.step
+        last = step == STEPS
+        self.events.at("last evaluation" if last else "evaluation", step + (not last))
+        if self.events.scenario.world > 1:
+            torch.distributed.barrier()
+        return {"zero": float(model(torch.zeros(1, 4)))}
+
+
+def train(folder: Path, scenario: Scenario, rank: int, noise: bool = True) -> int:
+    """What each process does; its exit code."""
+    training.processes.INTERVAL, training.signals.ECHO = 0.1, 0.2
+    for seeded in (random.seed, np.random.seed, torch.manual_seed):
+        seeded(0)
+    events = Eventful(scenario, rank)
+    task, probe = Task(events, noise), Probe(events)
+    torch.manual_seed(rank)
+    newest, _ = newest_checkpoint(folder / "checkpoints")
+    settings = {"save_every": 3, "eval_every": 2, "log_every": 1, "keep_last": 9}
+    trainer = Trainer(
+        task,
+        Rows(events, scenario.world, folder / f"rows_{rank}"),
+        (probe,),
+        TrainConfig(**{"steps": STEPS, "batch_size": BATCH} | settings | scenario.settings),
+        OptimizerConfig(lr=0.05),
+        ScheduleConfig("cosine", warmup_steps=2),
+        Accelerator(cpu=True),
+        folder,
+        newest,
+    )
+    probe.trainer = trainer
+    if trainer.step < STEPS or trainer.owes_evaluation():
+        trainer.fit()
+    return 75 if trainer.stopped else 0
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def start(folder: Path, scenario: Scenario, run: Callable[[int], int]) -> list[int]:
+    """Fork the processes of a run; their ids. Each does `run(rank)` and exits with what it says."""
+    folder.mkdir(exist_ok=True, parents=True)
+    sys.stdout.flush()
+    children, port = [], free_port()
+    for rank in range(scenario.world):
+        child = os.fork()
+        if child:
+            children.append(child)
+            continue
+        os.setsid()
+        output = os.open(folder / f"output_{rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        if scenario.world > 1:
+            os.environ.update(
+                RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(scenario.world),
+                LOCAL_WORLD_SIZE=str(scenario.world), MASTER_ADDR="127.0.0.1",
+                MASTER_PORT=str(port), ACCELERATE_USE_CPU="true",
+            )  # fmt: skip
+        code = 1
+        try:
+            code = run(rank)
+        except BaseException as error:
+            print(f"{type(error).__name__}: {error}", flush=True)
+        os._exit(code)
+    return children
+
+
+def wait(children: list[int]) -> list[int]:
+    """Exit codes; minus the number of the signal for those that one has ended."""
+    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+
+
+def play(folder: Path, scenario: Scenario) -> dict[str, Any]:
+    """Run until it ends, then resume without the event; what came of both."""
+    codes = wait(start(folder, scenario, lambda rank: train(folder, scenario, rank)))
+    newest, messages = newest_checkpoint(folder / "checkpoints")
+    output = [(folder / f"output_{rank}").read_text() for rank in range(scenario.world)]
+    calm = Scenario(world=scenario.world)
+    again = wait(start(folder, calm, lambda rank: train(folder, calm, rank)))
+    return {
+        "codes": codes,
+        "newest": newest.name if newest else None,
+        "messages": messages,
+        "output": output,
+        "again": again,
+    }
+
+
+def main(folder: Path, names: list[str]) -> dict[str, Any]:
+    train_here(folder / "warm up")
+    return {name: play(folder / name, SCENARIOS[name]) for name in names}
+
+
+def train_here(folder: Path) -> None:
+    """What this process imports now, the forked ones need not."""
+    folder.mkdir()
+    train(folder, Scenario(), 0)
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+if __name__ == "__main__":
+    print(json.dumps(main(Path(sys.argv[1]), sys.argv[2:])))

@@ -1,0 +1,211 @@
+"""What is kept, what is written in the background, and disks that do not take it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from tests.training.test_loop import Regression, make_trainer, metrics, outcome
+from training.background import Background
+from training.checkpoint import checkpoint_name as name_of
+from training.checkpoint import load_tensors, newest_checkpoint, read_manifest
+from training.retention import figure, protected_checkpoints
+from training.saving import SaveError
+
+
+def names(run_dir: Path) -> list[int]:
+    """Steps of the checkpoints; anything else in the folder is an error."""
+    return sorted(int(p.name.removeprefix("step_")) for p in (run_dir / "checkpoints").iterdir())
+
+
+class Falling:
+    """An evaluator whose figure is largest at step 4."""
+
+    name = "val"
+
+    def __init__(self) -> None:
+        self.values = iter([0.1, 0.9, 0.5, 0.4, 0.3, 0.2])
+
+    def __call__(self, model: nn.Module) -> dict[str, float | None]:
+        value = next(self.values)
+        return {"acc1": value, "loss": -value, "none": None}
+
+
+@pytest.mark.parametrize(
+    ("settings", "kept"),
+    [
+        ({"keep_last": 1}, [12]),
+        ({"keep_last": 2, "keep_every": 6}, [6, 10, 12]),
+        ({"keep_last": 1, "keep_best": "val/acc1"}, [4, 12]),
+        ({"keep_last": 1, "keep_best": "-val/loss"}, [4, 12]),
+        ({"keep_last": 1, "keep_best": "-val/acc1"}, [2, 12]),
+        ({"keep_last": 1, "keep_best": "val/none"}, [12]),
+        ({"keep_last": 1, "keep_best": "val/acc1", "save_every": 0}, [4, 12]),
+        ({"keep_last": 1, "keep_every": "0.5 epochs", "save_in_background": True}, [4, 8, 12]),
+    ],
+)
+def test_what_is_kept(tmp_path: Path, settings: dict[str, Any], kept: list[int]) -> None:
+    settings = {"save_every": 2, "eval_every": 2} | settings
+    make_trainer(tmp_path, evaluators=(Falling(),), **settings).fit()
+    assert names(tmp_path) == kept
+
+
+def test_of_equal_figures_the_newest_is_best(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        folder = tmp_path / name_of(step)
+        folder.mkdir()
+        figures = {"a": 0.5 if step < 3 else 0.4}
+        (folder / "manifest.json").write_text(json.dumps({"step": step, "figures": figures}))
+    assert protected_checkpoints(tmp_path, 0, "a") == {name_of(2)}
+    assert protected_checkpoints(tmp_path, 3, "") == {name_of(3)}
+    assert figure({"a": "text"}, "a") is None
+
+
+def test_the_manifest_says_where_the_run_stands(tmp_path: Path) -> None:
+    make_trainer(tmp_path, evaluators=(Falling(),), steps=4).fit()
+    manifest = read_manifest(tmp_path / "checkpoints" / name_of(4))
+    assert (manifest["step"], manifest["samples"], manifest["world"]) == (4, 32, 1)
+    assert manifest["stream"] == {"seed": 7}
+    assert manifest["figures"]["val/acc1"] == 0.1
+    first = manifest["clock"]
+    resumed = make_trainer(tmp_path, steps=5, resume=tmp_path / "checkpoints" / name_of(4))
+    resumed.fit()
+    later = read_manifest(tmp_path / "checkpoints" / name_of(5))["clock"]
+    assert later["wall_seconds"] > first["wall_seconds"]  # adds up over resumes
+    assert later["saved_at"] > first["saved_at"]
+
+
+def test_in_the_background_the_same_is_written(tmp_path: Path) -> None:
+    runs: dict[str, dict[str, Any]] = {"at_once": {}, "beside": {"save_in_background": True}}
+    for name, settings in runs.items():
+        make_trainer(tmp_path / name, save_every=1, keep_last=20, **settings).fit()
+    for step in range(1, 13):
+        assert outcome(tmp_path / "beside", step) == outcome(tmp_path / "at_once", step)
+
+
+def test_what_changes_after_a_save_began_is_not_in_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = make_trainer(tmp_path, save_in_background=True)
+    tasks: list[Callable[[], None]] = []
+    monkeypatch.setattr(trainer.saver._background, "do", tasks.append)  # a thread that is late
+    before = trainer.objective.model.state_dict()["0.weight"].clone()
+    trainer.save()
+    with torch.no_grad():
+        for parameter in trainer.objective.parameters():
+            parameter.fill_(7)
+    for task in tasks:
+        task()
+    saved = load_tensors(tmp_path / "checkpoints" / name_of(0) / "model.safetensors")
+    assert torch.equal(saved["0.weight"], before)
+
+
+def test_an_error_in_the_background_surfaces_and_ends_what_follows() -> None:
+    done = []
+
+    def fails() -> None:
+        raise OSError("no disk")
+
+    background = Background(threaded=True)
+    background.do(fails)
+    with pytest.raises(OSError, match="no disk"):
+        background.finish()
+    background.do(partial(done.append, 1))
+    background.finish()
+    assert done == [1]
+
+
+def wait_for(checkpoint: Path) -> None:
+    """The background may still be at the save before."""
+    while not checkpoint.exists():
+        time.sleep(0.01)
+
+
+def unwritable(folder: Path) -> None:
+    """A folder that not even root can write to: the kernel's."""
+    checkpoints = folder / "checkpoints"
+    wait_for(checkpoints / name_of(4))
+    shutil.move(checkpoints, folder / "moved")
+    checkpoints.symlink_to("/proc/sys/kernel")
+
+
+class Harm(Regression):
+    """Does harm to the folder of checkpoints in step 6."""
+
+    def __init__(self, harm: Callable[[], None]) -> None:
+        super().__init__()
+        self.harm = harm
+
+    def before_step(self, step: int) -> None:
+        if step == 5:
+            self.harm()
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_a_folder_that_cannot_be_written_ends_the_run_with_its_name(
+    tmp_path: Path, background: bool
+) -> None:
+    task = partial(Harm, partial(unwritable, tmp_path))
+    trainer = make_trainer(tmp_path, task, save_every=4, save_in_background=background)
+    with pytest.raises(SaveError, match=r"'.*step_00000008' cannot be written: .*, then --resume"):
+        trainer.fit()
+    newest, _ = newest_checkpoint(tmp_path / "moved")
+    assert newest is not None
+    assert newest.name == name_of(4)
+    if not background:  # else a few steps later
+        assert len(metrics(tmp_path)) == 8
+
+
+FULL = """
+import resource, signal, sys
+from pathlib import Path
+from tests.training.test_loop import Regression, make_trainer
+from tests.training.test_saving import Harm, name_of, wait_for
+
+def full():  # from here on no file can grow beyond a few bytes, as on a full disk
+    wait_for(folder / "checkpoints" / name_of(4))
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (600, 600))
+
+folder = Path(sys.argv[1])
+task = lambda: Harm(full)
+try:
+    settings = {"log_every": 99, "save_in_background": sys.argv[2] == "1"}
+    make_trainer(folder, task, save_every=4, **settings).fit()
+except Exception as error:
+    print(f"{type(error).__name__}: {error}")
+"""
+
+
+@pytest.mark.parametrize("background", ["0", "1"])
+def test_a_full_disk_leaves_the_checkpoint_before(
+    tmp_path: Path, run_python: Any, background: str
+) -> None:
+    result = run_python("-c", FULL, tmp_path, background)
+    last = result.stdout.splitlines()[-1]
+    assert last.startswith("SaveError: the checkpoint '"), result.stderr[-1000:]
+    assert f"the newest is '{tmp_path}/checkpoints/{name_of(4)}'" in last
+    newest, messages = newest_checkpoint(tmp_path / "checkpoints")
+    assert newest is not None
+    assert (newest.name, messages) == (name_of(4), [])
+    assert names(tmp_path) == [4]
+
+
+def test_too_little_space_is_told_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = make_trainer(tmp_path)
+    usage = shutil.disk_usage(tmp_path)._replace(free=10)
+    monkeypatch.setattr("training.saving.shutil.disk_usage", lambda _: usage)
+    with pytest.raises(SaveError, match=r"GB are needed and 0\.00 GB free.*there is none yet"):
+        trainer.save()
+    assert names(tmp_path) == []

@@ -1,0 +1,43 @@
+"""Tasks that are done in their order, at once or in a thread beside the training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+
+
+class Background:
+    """Runs tasks one after the other; an error in the thread surfaces at the next call.
+
+    Args:
+        threaded: whether there is a thread; without one `do` does the task at once.
+    """
+
+    def __init__(self, threaded: bool) -> None:
+        self._pool = ThreadPoolExecutor(1, "checkpoint") if threaded else None
+        self._tasks: list[Future[None]] = []
+
+    def do(self, task: Callable[[], None]) -> None:
+        """Do the task, or have it done after those before it."""
+        self.check()
+        if self._pool is None:
+            task()
+        else:
+            self._tasks.append(self._pool.submit(task))
+
+    def check(self) -> None:
+        """Raise what a task that has ended has raised; what was to follow it is given up."""
+        while self._tasks and self._tasks[0].done():
+            try:
+                self._tasks.pop(0).result()
+            except BaseException:
+                for task in self._tasks:
+                    task.cancel()
+                self._tasks = []
+                raise
+
+    def finish(self) -> None:
+        """Wait for all tasks; raises as `check` does."""
+        while self._tasks:
+            self._tasks[0].exception()
+            self.check()

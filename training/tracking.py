@@ -1,0 +1,191 @@
+"""What a run tells about itself: rows of figures, trackers, the first batches, a summary."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from accelerate import Accelerator
+from accelerate.tracking import filter_trackers
+from torch import Tensor
+
+from training.config import TrainConfig
+from training.durations import duration_text
+from training.objective import Batch, Metrics
+from training.progress import Progress
+from training.run_directory import MetricsWriter
+from training.run_log import LOGGER, say
+from training.sample_sheet import write_sheet
+
+PROJECT = "softmoe-clip"
+SHEETS = 2  # first batches that are drawn
+# Dense half-precision TFLOP/s by the makers' data sheets, by the names that CUDA gives.
+PEAK_TFLOPS = {
+    "NVIDIA H100 80GB HBM3": 989.0, "NVIDIA H100 PCIe": 756.0, "NVIDIA H200": 989.0,
+    "NVIDIA A100-SXM4-80GB": 312.0, "NVIDIA A100-SXM4-40GB": 312.0, "NVIDIA A100 80GB PCIe": 312.0,
+    "NVIDIA L40S": 362.0,
+}  # fmt: skip
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """Raise ValueError for a tracker whose package is not installed."""
+    for name in names:
+        if find_spec(name) is None:
+            raise ValueError(
+                f"train.trackers: {name} is not installed: pip install 'softmoe-clip[{name}]'"
+            )
+
+
+class Tracking:
+    """Writes what the main process reports; the others only take part in the means.
+
+    Args:
+        resumed_step: where the run goes on; later rows of its files are dropped.
+        settings: the run's settings by dotted name, for trackers.
+        flops: of the model for one sample, forward, or None; a training step takes three times
+            as many.
+        describe: captions of the rows of a batch, for the pictures of the first batches.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        train: TrainConfig,
+        accelerator: Accelerator,
+        progress: Progress,
+        *,
+        resumed_step: int,
+        settings: Mapping[str, Any],
+        flops: float | None,
+        describe: Callable[[Batch], list[str]] | None,
+    ) -> None:
+        self.run_dir, self.train, self.accelerator = run_dir, train, accelerator
+        self.progress, self.flops, self.describe = progress, flops, describe
+        self._start, self._first, self._last_row = time.perf_counter(), resumed_step, {}
+        self._sheets = SHEETS if resumed_step == 0 and train.sample_sheets else 0
+        self.writer: MetricsWriter | None = None
+        if accelerator.is_main_process:
+            self.writer = MetricsWriter(
+                run_dir, resumed_step=resumed_step, tensorboard=train.tensorboard
+            )
+        if train.trackers:
+            accelerator.log_with = filter_trackers(list(train.trackers), str(run_dir))
+            accelerator.init_trackers(PROJECT, dict(settings), _tracker_options(run_dir))
+
+    def row(
+        self,
+        position: Mapping[str, int],
+        loss: Tensor,
+        norm: Tensor,
+        metrics: Metrics,
+        rates: Mapping[str, float],
+        counts: Mapping[str, int],
+    ) -> None:
+        """Write a row of metrics: means over all processes, but counts of this process only.
+
+        Args:
+            rates: learning rates by name.
+            counts: left out while they are zero.
+        """
+        names = sorted(metrics)
+        stacked = torch.stack([loss.float(), *(metrics[name].float() for name in names)])
+        stacked = self.accelerator.reduce(stacked, reduction="mean")
+        if self.writer is None:
+            return
+        values = dict(zip(["loss", *names], stacked.tolist(), strict=True))
+        speed = self.progress.speed()
+        self._last_row = {
+            "samples": position["samples"],
+            **values,
+            "grad_norm": float(norm),
+            **rates,
+            **speed,
+            **self._machine(speed["samples_per_second"]),
+            **{name: count for name, count in counts.items() if count},
+        }
+        self._write("metrics", position["step"], self._last_row)
+        self.progress.show(values["loss"], speed)
+
+    def evaluation(self, position: Mapping[str, int], figures: Mapping[str, float | None]) -> None:
+        """Write a row of an evaluation."""
+        if self.writer is not None and figures:
+            values = {"samples": position["samples"], **figures}
+            self._write("eval", position["step"], values)
+            LOGGER.info("evaluation at step %d: %s", position["step"], dict(figures))
+
+    def _write(self, name: str, step: int, values: Mapping[str, Any]) -> None:
+        assert self.writer is not None
+        self.writer.write(name, step, values)
+        numbers = {f"{name}/{k}": v for k, v in values.items() if isinstance(v, int | float)}
+        if self.train.trackers:
+            self.accelerator.log(numbers, step=step)
+
+    def _machine(self, samples_per_second: float) -> dict[str, float]:
+        """Memory in use at most, and the share of the device's arithmetic that the model uses."""
+        device = self.accelerator.device
+        if device.type == "cuda":
+            memory = torch.cuda.max_memory_allocated(device)
+        else:
+            memory = psutil.Process().memory_info().rss
+        found = {"memory_gb": round(memory / 1e9, 3)}
+        if self.flops is None:
+            return found
+        tflops = 3e-12 * self.flops * samples_per_second / self.accelerator.num_processes
+        found["tflops"] = round(tflops, 4)
+        peak = self.train.peak_tflops
+        if not peak and device.type == "cuda" and self.train.precision in ("bf16", "fp16"):
+            peak = PEAK_TFLOPS.get(torch.cuda.get_device_name(device), 0.0)
+        return found | ({"mfu": round(tflops / peak, 4)} if peak else {})
+
+    def draw(self, batch: Batch, step: int) -> None:
+        """Draw the first batches of a run, as they reach the model, into `samples/`."""
+        images = batch.get("image")
+        if self.writer is None or self._sheets == 0 or not isinstance(images, Tensor):
+            return
+        self._sheets -= 1
+        names = list(batch.get("key") or [""] * len(images))
+        captions = self.describe(batch) if self.describe is not None else names
+        path = self.run_dir / "samples" / f"step_{step:08d}.png"
+        write_sheet(path, images, captions)
+
+    def summary(self, step: int, skipped: Counter[str]) -> None:
+        """Say what the run has done since it was started, on the main process."""
+        if self.writer is None:
+            return
+        elapsed, steps = time.perf_counter() - self._start, step - self._first
+        samples = steps * self.train.batch_size
+        words = f"summary: steps {self._first + 1} to {step}, {samples} samples in"
+        words += f" {duration_text(elapsed)} ({samples / elapsed:.0f} a second, evaluations and"
+        words += (
+            f" checkpoints included; {self.progress.total_wait / elapsed:.0%} waiting for data)"
+        )
+        if "loss" in self._last_row:
+            words += f"; last loss {self._last_row['loss']:.4g}"
+        if skipped:
+            words += f"; {skipped.total()} samples skipped by this process"
+        say(words if steps else f"summary: no step was done in {duration_text(elapsed)}")
+
+    def close(self) -> None:
+        for tracker in self.accelerator.trackers if self.train.trackers else ():
+            tracker.finish()
+        if self.writer is not None:
+            self.writer.close()
+
+
+def _tracker_options(run_dir: Path) -> dict[str, Any]:
+    """Options by tracker that let a resumed run append to its own records."""
+    file = run_dir / "tracker_id.txt"
+    if not file.exists():
+        file.write_text(uuid.uuid4().hex[:12] + "\n", encoding="utf-8")
+    run_id = file.read_text(encoding="utf-8").strip()
+    return {
+        "wandb": {"name": run_dir.name, "id": run_id, "resume": "allow", "dir": str(run_dir)},
+        "trackio": {"name": f"{run_dir.name}-{run_id}", "resume": "allow"},
+    }
