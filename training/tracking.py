@@ -150,7 +150,9 @@ class Tracking:
         if self.writer is None or self._sheets == 0 or not isinstance(images, Tensor):
             return
         self._sheets -= 1
-        captions = self.describe(batch) if self.describe is not None else batch.get("key", [""] * len(images))
+        captions = list(batch.get("key", [""] * len(images)))
+        if self.describe is not None:
+            captions = self.describe(batch)
         path = self.run_dir / "samples" / f"step_{step:08d}.png"
         write_sheet(path, images, captions)
 

@@ -90,6 +90,8 @@ SCENARIOS = {
     "usr1 in an evaluation of one": Scenario("evaluation", sends(USR1), 2, 1),
     "one dies": Scenario("step", passing(signal.SIGKILL), 2, 1),
     "one fails": Scenario("data", fails, 2, 1),
+    "nan of one": Scenario("loss", lambda: None, 2, 1),
+    "nan of one left out": Scenario("loss", lambda: None, 2, 1, {"skip_updates": 1}),
     "one stalls": Scenario("data", lambda: time.sleep(100), 2, 1, {"stall_limit": "1 s"}),
 }
 
@@ -134,6 +136,9 @@ class Task(Regression):
 
     def before_step(self, step: int) -> None:
         self.events.at("step", step + 1)
+        chosen = self.events.scenario
+        if (chosen.place, chosen.rank, step + 1) == ("loss", self.events.rank, AT):
+            self.poison = self.seen + 1
 
 
 class Probe:

@@ -48,6 +48,7 @@ def played(tmp_path_factory: pytest.TempPathFactory, run_python: Any) -> tuple[P
         ("one dies", [1, -9], 3),
         ("one fails", [1, 1], 3),
         ("one stalls", [1, 1], 3),
+        ("nan of one", [1, 1], 3),
     ],
 )
 def test_a_run_that_is_stopped_continues_to_the_unbroken_end(
@@ -90,6 +91,18 @@ def test_every_process_says_why_it_ends(played: tuple[Path, Any], name: str, mes
     assert output[0].count(message) == 1
     if name == "one stalls":
         assert message in output[1]
+
+
+@pytest.mark.slow
+def test_a_loss_that_is_not_finite_on_one_process_concerns_all(played: tuple[Path, Any]) -> None:
+    folder, found = played[0] / "nan of one", played[1]["nan of one"]
+    assert all("NonFiniteError" in output for output in found["output"])
+    report = json.loads((folder / "non_finite_1.json").read_text())
+    assert (report["step"], report["rank"], report["loss_is_finite"]) == (5, 1, False)
+    assert not json.loads((folder / "non_finite_0.json").read_text())["loss"] == "nan"
+    assert played[1]["nan of one left out"]["codes"] == [0, 0]
+    rows = metrics(played[0] / "nan of one left out")
+    assert [row.get("left_out_updates") for row in rows] == [None] * 4 + [1] * 4
 
 
 @pytest.mark.slow
