@@ -183,7 +183,7 @@ class Trainer:
         )
         failed = True
         try:
-            with StopRequests(budget or None) as self._requests:
+            with StopRequests(budget or None, says=main) as self._requests:
                 self._start_watch()
                 figures = self._run(progress)
             failed = False

@@ -36,14 +36,15 @@ class StopRequests:
 
     Args:
         budget: seconds until a stop is requested, or None.
+        says: whether to tell that a signal has come; one of many processes should.
 
     Attributes:
         reason: why a stop was requested, or None.
     """
 
-    def __init__(self, budget: float | None = None) -> None:
+    def __init__(self, budget: float | None = None, says: bool = True) -> None:
         self.reason: str | None = None
-        self._process = os.getpid()
+        self._process, self._says = os.getpid(), says
         self._interruptible, self._first = False, 0.0
         self._before: dict[int, Any] = {}
         self._timer = None
@@ -81,7 +82,8 @@ class StopRequests:
             self._first = self._first or time.monotonic()
         if self.reason is None:
             self.reason = signal.Signals(number).name
-            os.write(2, f"\n{self.reason}: stopping with a checkpoint\n".encode())
+            if self._says:
+                os.write(2, f"\n{self.reason}: stopping with a checkpoint\n".encode())
         if self._interruptible:
             self._interruptible = False
             raise Interrupted

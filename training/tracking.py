@@ -77,7 +77,7 @@ class Tracking:
             )
         if train.trackers:
             accelerator.log_with = filter_trackers(list(train.trackers), str(run_dir))
-            accelerator.init_trackers(PROJECT, dict(settings), _tracker_options(run_dir))
+            accelerator.init_trackers(PROJECT, dict(settings), self._tracker_options())
 
     def row(
         self,
@@ -150,8 +150,9 @@ class Tracking:
         if self.writer is None or self._sheets == 0 or not isinstance(images, Tensor):
             return
         self._sheets -= 1
-        names = list(batch.get("key") or [""] * len(images))
-        captions = self.describe(batch) if self.describe is not None else names
+        captions = list(batch.get("key", [""] * len(images)))
+        if self.describe is not None:
+            captions = self.describe(batch)
         path = self.run_dir / "samples" / f"step_{step:08d}.png"
         write_sheet(path, images, captions)
 
@@ -178,14 +179,15 @@ class Tracking:
         if self.writer is not None:
             self.writer.close()
 
-
-def _tracker_options(run_dir: Path) -> dict[str, Any]:
-    """Options by tracker that let a resumed run append to its own records."""
-    file = run_dir / "tracker_id.txt"
-    if not file.exists():
-        file.write_text(uuid.uuid4().hex[:12] + "\n", encoding="utf-8")
-    run_id = file.read_text(encoding="utf-8").strip()
-    return {
-        "wandb": {"name": run_dir.name, "id": run_id, "resume": "allow", "dir": str(run_dir)},
-        "trackio": {"name": f"{run_dir.name}-{run_id}", "resume": "allow"},
-    }
+    def _tracker_options(self) -> dict[str, Any]:
+        """Options by tracker that let a resumed run append to its own records."""
+        if self.writer is None:
+            return {}
+        file = self.run_dir / "tracker_id.txt"
+        if not file.exists():
+            file.write_text(uuid.uuid4().hex[:12] + "\n", encoding="utf-8")
+        run_id, name = file.read_text(encoding="utf-8").strip(), self.run_dir.name
+        return {
+            "wandb": {"name": name, "id": run_id, "resume": "allow", "dir": str(self.run_dir)},
+            "trackio": {"name": f"{name}-{run_id}", "resume": "allow"},
+        }

@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,8 @@ SCENARIOS = {
     "usr1 in an evaluation of one": Scenario("evaluation", sends(USR1), 2, 1),
     "one dies": Scenario("step", passing(signal.SIGKILL), 2, 1),
     "one fails": Scenario("data", fails, 2, 1),
+    "nan of one": Scenario("loss", lambda: None, 2, 1),
+    "nan of one left out": Scenario("loss", lambda: None, 2, 1, {"skip_updates": 1}),
     "one stalls": Scenario("data", lambda: time.sleep(100), 2, 1, {"stall_limit": "1 s"}),
 }
 
@@ -133,6 +136,9 @@ class Task(Regression):
 
     def before_step(self, step: int) -> None:
         self.events.at("step", step + 1)
+        chosen = self.events.scenario
+        if (chosen.place, chosen.rank, step + 1) == ("loss", self.events.rank, AT):
+            self.poison = self.seen + 1
 
 
 class Probe:
@@ -233,9 +239,46 @@ def play(folder: Path, scenario: Scenario) -> dict[str, Any]:
     }
 
 
+def change_world(folder: Path, worlds: tuple[int, int]) -> dict[str, Any]:
+    """Stop a run without noise in its fifth step and go on with other processes."""
+    codes = []
+    for event, world in zip((passing(TERM), lambda: None), worlds, strict=True):
+        scenario = Scenario("step", event, world)
+        run = partial(train, folder, scenario, noise=False)
+        codes += wait(start(folder, scenario, run))
+    return {"codes": codes}
+
+
+def kill_at_random(folder: Path, number: int, kills: int) -> dict[str, Any]:
+    """Kill a run `kills` times at a moment drawn by `number`, then let it end."""
+    draw, scenario = random.Random(number), Scenario()
+    run = partial(train, folder, scenario)
+    codes = []
+    for _ in range(kills):
+        children = start(folder, scenario, run)
+        time.sleep(draw.uniform(0.0, 0.5))
+        os.kill(children[0], signal.SIGKILL)
+        codes += wait(children)
+    return {"codes": codes, "end": wait(start(folder, scenario, run))}
+
+
 def main(folder: Path, names: list[str]) -> dict[str, Any]:
+    """Play scenarios by name, `killed N` for N runs that are killed, or `A to B` processes."""
     train_here(folder / "warm up")
-    return {name: play(folder / name, SCENARIOS[name]) for name in names}
+    found: dict[str, Any] = {}
+    for name in names:
+        words = name.split()
+        if words[0] == "killed":
+            found[name] = [
+                kill_at_random(folder / f"killed {number}", number, 1 + number % 2)
+                for number in range(int(words[1]))
+            ]
+        elif words[0] in ("quiet", "1", "2"):
+            worlds = (1, 1) if words[0] == "quiet" else (int(words[0]), int(words[-1]))
+            found[name] = change_world(folder / name, worlds)
+        else:
+            found[name] = play(folder / name, SCENARIOS[name])
+    return found
 
 
 def train_here(folder: Path) -> None:

@@ -118,6 +118,7 @@ def make_trainer(
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+    options = {name: settings.pop(name) for name in ("flops", "settings") if name in settings}
     train = TrainConfig(**{"steps": 12, "batch_size": BATCH, "log_every": 1} | settings)
     run_dir.mkdir(parents=True, exist_ok=True)
     return Trainer(
@@ -130,6 +131,7 @@ def make_trainer(
         accelerator or Accelerator(cpu=True),
         run_dir,
         resume,
+        **options,
     )
 
 

@@ -6,13 +6,16 @@ import json
 import signal
 import threading
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.training.scenarios import BATCH, SCENARIOS, STEPS
 from tests.training.test_loop import metrics, outcome
+from training.checkpoint import load_tensors
 from training.durations import parse_duration
 from training.signals import StopRequests
 
@@ -23,7 +26,7 @@ FILE = Path(__file__).with_name("scenarios.py")
 def played(tmp_path_factory: pytest.TempPathFactory, run_python: Any) -> tuple[Path, Any]:
     """The folder of all scenarios, and what became of them."""
     folder = tmp_path_factory.mktemp("scenarios")
-    result = run_python(FILE, folder, *SCENARIOS)
+    result = run_python(FILE, folder, *SCENARIOS, "quiet", "2 to 1", "1 to 2", "killed 4")
     assert result.returncode == 0, result.stderr[-2000:]
     return folder, json.loads(result.stdout.splitlines()[-1])
 
@@ -45,6 +48,7 @@ def played(tmp_path_factory: pytest.TempPathFactory, run_python: Any) -> tuple[P
         ("one dies", [1, -9], 3),
         ("one fails", [1, 1], 3),
         ("one stalls", [1, 1], 3),
+        ("nan of one", [1, 1], 3),
     ],
 )
 def test_a_run_that_is_stopped_continues_to_the_unbroken_end(
@@ -87,6 +91,67 @@ def test_every_process_says_why_it_ends(played: tuple[Path, Any], name: str, mes
     assert output[0].count(message) == 1
     if name == "one stalls":
         assert message in output[1]
+
+
+@pytest.mark.slow
+def test_a_loss_that_is_not_finite_on_one_process_concerns_all(played: tuple[Path, Any]) -> None:
+    folder, found = played[0] / "nan of one", played[1]["nan of one"]
+    assert all("NonFiniteError" in output for output in found["output"])
+    report = json.loads((folder / "non_finite_1.json").read_text())
+    assert (report["step"], report["rank"], report["loss_is_finite"]) == (5, 1, False)
+    assert json.loads((folder / "non_finite_0.json").read_text())["loss"] != "nan"
+    assert played[1]["nan of one left out"]["codes"] == [0, 0]
+    rows = metrics(played[0] / "nan of one left out")
+    assert [row.get("left_out_updates") for row in rows] == [None] * 4 + [1] * 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["2 to 1", "1 to 2"])
+def test_another_number_of_processes_goes_on_with_the_same_rows(
+    played: tuple[Path, Any], name: str
+) -> None:
+    folder, alone = played[0] / name, played[0] / "quiet"
+    first, then = int(name[0]), int(name[-1])
+    assert played[1][name]["codes"] == [75] * first + [0] * then
+    used: Counter[int] = Counter()
+    for step in range(1, STEPS + 1):
+        world = first if step <= 5 else then
+        for rank in range(world):
+            lines = (folder / f"rows_{rank}").read_text().splitlines()
+            share = BATCH // world
+            begin = (step - 1) * BATCH + rank * share
+            expected = list(range(begin, begin + share))
+            used.update(expected if f"{step} {expected}" in lines else [])
+    assert used == Counter(range(STEPS * BATCH))  # each exactly once
+    ends = [run / "checkpoints" / f"step_{STEPS:08d}" for run in (folder, alone)]
+    one, two = [load_tensors(end / "model.safetensors") for end in ends]
+    for key in one:
+        torch.testing.assert_close(one[key], two[key], rtol=1e-4, atol=1e-5)
+
+
+def check_killed(folder: Path, runs: list[dict[str, Any]], unbroken: Path) -> None:
+    for number, run in enumerate(runs):
+        assert set(run["codes"]) <= {-9, 0}
+        assert run["end"] == [0]
+        killed = folder / f"killed {number}"
+        assert outcome(killed, STEPS) == outcome(unbroken, STEPS), number
+        assert metrics(killed, "eval") == metrics(unbroken, "eval"), number
+    assert any(-9 in run["codes"] for run in runs)
+
+
+@pytest.mark.slow
+def test_runs_killed_at_random_end_like_the_unbroken_one(played: tuple[Path, Any]) -> None:
+    check_killed(played[0], played[1]["killed 4"], played[0] / "unbroken")
+
+
+@pytest.mark.long
+def test_thirty_runs_killed_at_random_end_like_the_unbroken_one(
+    tmp_path: Path, run_python: Any
+) -> None:
+    result = run_python(FILE, tmp_path, "unbroken", "killed 30")
+    assert result.returncode == 0, result.stderr[-2000:]
+    runs = json.loads(result.stdout.splitlines()[-1])["killed 30"]
+    check_killed(tmp_path, runs, tmp_path / "unbroken")
 
 
 def test_handlers_come_back_and_a_budget_works_outside_the_main_thread() -> None:

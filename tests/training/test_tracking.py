@@ -1,0 +1,100 @@
+"""What a run shows: trackers, the first batches, learning rates, a summary, curves."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from PIL import Image
+
+from scripts.cli import parse_config
+from scripts.plot_run import main as plot
+from scripts.pretrain import PretrainRun
+from tests.training.test_loop import make_trainer, quiet
+from training.plan import check_settings
+from training.run_directory import flat_settings
+from training.sample_sheet import SIDE, write_sheet
+
+
+def rows(run_dir: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_sheet_shows_pictures_with_captions_beneath(tmp_path: Path) -> None:
+    images = torch.zeros(5, 3, 8, 8, dtype=torch.uint8)
+    images[4, 0] = 255
+    path = tmp_path / "samples" / "first.png"
+    write_sheet(path, images, ["one", "two", "漢字 are replaced", "", "a red square " * 30])
+    with Image.open(path) as sheet:
+        sheet = sheet.convert("RGB")
+        below = (8, 8 + SIDE + 44 + SIDE, 8 + SIDE, sheet.height)
+        assert sheet.size == (4 * (SIDE + 8) + 8, 2 * (SIDE + 44) + 8)
+        assert sheet.getpixel((SIDE // 2, 8 + SIDE + 44 + SIDE // 2)) == (255, 0, 0)
+        assert sheet.crop(below).convert("L").getextrema()[0] < 100  # ink
+
+
+def test_rows_tell_memory_arithmetic_and_the_summary_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_trainer(tmp_path, quiet, flops=1e9, peak_tflops=2.0, steps=3).fit()
+    row = rows(tmp_path)[-1]
+    assert row["memory_gb"] > 0.05
+    assert row["tflops"] == pytest.approx(3e-3 * row["samples_per_second"], rel=0.01, abs=1e-4)
+    assert row["mfu"] == pytest.approx(row["tflops"] / 2, abs=1e-4)
+    assert capsys.readouterr().out.count("summary: steps 1 to 3, 24 samples in ") == 1
+
+
+def test_a_run_that_fails_has_a_summary_too(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: Any) -> None:
+        raise ValueError("no more")
+
+    trainer = make_trainer(tmp_path)
+    monkeypatch.setattr("training.tracking.Tracking.row", fails)
+    with pytest.raises(ValueError, match="no more"):
+        trainer.fit()
+    assert "summary: steps 1 to 1, 8 samples" in capsys.readouterr().out
+
+
+def test_weights_and_biases_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    settings = flat_settings({"train": {"steps": 3}, "evaluation": [{"name": "a"}]})
+    make_trainer(tmp_path, trackers=["wandb"], steps=3, settings=settings).fit()
+    (record,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    content = record.read_bytes()
+    for words in (b"metrics/loss", b"train.steps", b"metrics/grad_norm"):
+        assert words in content
+    assert (tmp_path / "tracker_id.txt").read_text().strip().encode() in record.name.encode()
+
+
+def test_a_tracker_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = parse_config(PretrainRun, ["--train.trackers=[swanlab]"], "")
+    monkeypatch.setattr("training.tracking.find_spec", lambda _: None)
+    with pytest.raises(ValueError, match=r"swanlab is not installed: pip install"):
+        check_settings(config.train, config.optimizer, 1, [])
+
+
+def test_curves_of_two_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("one", "two"):
+        make_trainer(tmp_path / name, steps=4, accelerator=Accelerator(cpu=True)).fit()
+    runs = [str(tmp_path / name) for name in ("one", "two")]
+    plot(runs)
+    assert (tmp_path / "one" / "plots" / "curves.png").stat().st_size > 10_000
+    plot([*runs, "--only=loss", f"--output={tmp_path / 'loss.png'}"])
+    with Image.open(tmp_path / "loss.png") as picture:
+        colours = {c for _, c in picture.convert("RGB").getcolors(1 << 20) or ()}
+    assert {(31, 119, 180), (255, 127, 14)} <= colours  # both runs are drawn
+    for arguments, message in (
+        ([*runs, "--only=nothing"], "no figure ['nothing']; there are data_wait, error"),
+        ([str(tmp_path)], "has no rows in metrics.jsonl"),
+    ):
+        with pytest.raises(SystemExit):
+            plot(arguments)
+        assert message in capsys.readouterr().err
