@@ -1,0 +1,95 @@
+"""Pack, check, measure and look at webdataset shards.
+
+python -m scripts.shards pack photos --out data/photos
+python -m scripts.shards validate data/photos --report problems.json --clean data/photos_clean
+python -m scripts.shards stats 'data/photos/{00000..00041}.tar' --out photos_stats
+python -m scripts.shards show data/photos --output photos.png
+python -m scripts.shards index data/photos
+
+Each has its own --help. See docs/shards.md.
+"""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from data_pipelines.tool_config import (
+    IndexConfig,
+    PackConfig,
+    ShowConfig,
+    StatsConfig,
+    ValidateConfig,
+)
+from scripts.cli import EXIT_USAGE, fail, parse_config, run
+
+
+@dataclass(frozen=True)
+class Tool:
+    """A subcommand: its settings, the setting that may stand first without a name, and what it
+    does, giving the exit code."""
+
+    config: type[Any]
+    first: str
+    act: Callable[[Any], int]
+
+
+def main(argv: list[str] | None = None) -> None:
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words[:1] in (["--help"], ["-h"]):
+        print(__doc__)
+        raise SystemExit(0)
+    if not words or words[0] not in TOOLS:
+        fail(_unknown(words), EXIT_USAGE)
+    tool, rest = TOOLS[words[0]], words[1:]
+    if rest and not rest[0].startswith("-"):
+        rest.insert(0, f"--{tool.first}")
+    config = parse_config(tool.config, rest, tool.config.__doc__ or "")
+    codes: list[int] = []
+    run(lambda: codes.append(tool.act(config)))
+    if codes != [0]:
+        raise SystemExit(codes[0])
+
+
+def _unknown(words: list[str]) -> str:
+    choices = ", ".join(TOOLS)
+    if not words:
+        return f"no tool given: choose one of {choices}"
+    near = difflib.get_close_matches(words[0], TOOLS, n=1)
+    hint = f"did you mean '{near[0]}'?" if near else f"choose one of {choices}"
+    return f"there is no tool '{words[0]}'; {hint}"
+
+
+def _workers(wanted: int | None) -> int:
+    """Processes beside this one; with one core there are none."""
+    from training.machine import available_cores
+
+    if wanted is None:
+        return available_cores() if available_cores() > 1 else 0
+    if wanted < 0:
+        raise ValueError(f"workers must not be negative, got {wanted}")
+    return wanted
+
+
+def _pack(config: PackConfig) -> int:
+    from data_pipelines.pack import check_config, pack
+    from data_pipelines.shards import describe_skips
+
+    check_config(config)
+    summary = pack(config, _workers(config.workers))
+    kept = f" ({summary.kept} were there already)" if summary.kept else ""
+    print(f"{summary.samples} samples in {summary.shards} shards{kept}: {config.out}/*.tar")
+    if summary.skipped:
+        print(f"{describe_skips(summary.skipped)}; which ones: {config.out}/*_stats.json")
+    return 0
+
+
+TOOLS = {
+    "pack": Tool(PackConfig, "source", _pack),
+}
+
+if __name__ == "__main__":
+    main()
