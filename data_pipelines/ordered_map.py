@@ -15,8 +15,8 @@ class _Calls(Dataset[Any], Generic[Input, Result]):
     def __init__(self, function: Callable[[Input], Result], inputs: Sequence[Input]) -> None:
         self.function, self.inputs = function, inputs
 
-    def __getitem__(self, number: int) -> Result:
-        return self.function(self.inputs[number])
+    def __getitem__(self, index: int) -> Result:
+        return self.function(self.inputs[index])
 
     def __len__(self) -> int:
         return len(self.inputs)

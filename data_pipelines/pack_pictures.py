@@ -1,4 +1,4 @@
-"""A picture on its way into a shard: tried out, and shrunken or encoded anew where that is asked."""
+"""A picture on its way into a shard: tried out, and shrunken or encoded anew where asked for."""
 
 from __future__ import annotations
 
@@ -25,6 +25,10 @@ _UPRIGHT = {
 }
 
 
+class HugeImageError(DecodeError):
+    """A picture that claims too many pixels."""
+
+
 class Header(NamedTuple):
     """What a picture's header says."""
 
@@ -47,6 +51,7 @@ def read_header(data: bytes) -> Header:
     """Format, size and EXIF orientation (1 to 8), without decoding.
 
     Raises:
+        HugeImageError: over Pillow's limit of pixels, about 179 million.
         DecodeError: no picture of a format that is read.
     """
     try:
@@ -57,7 +62,7 @@ def read_header(data: bytes) -> Header:
                 known = orientation if orientation in _UPRIGHT else 1
                 return Header(str(image.format), image.width, image.height, known)
     except Image.DecompressionBombError as error:
-        raise DecodeError("image over Pillow's limit of pixels") from error
+        raise HugeImageError("image over Pillow's limit of pixels") from error
     except Exception as error:  # parsers raise nearly anything on broken files
         raise DecodeError("broken image") from error
 
@@ -78,7 +83,7 @@ def pack_picture(data: bytes, config: PackConfig) -> PackedPicture:
     shrinks = config.shorter_side is not None and shorter > config.shorter_side
     kept = KEPT.get(header.format)
     extension = (kept or "png") if config.encode == "keep" else config.encode
-    if extension == kept and not shrinks:
+    if kept is not None and extension == kept and not shrinks:
         if config.check == "decode":
             decode_rgb(data, config.max_pixels)
         return PackedPicture(kept, data, header.width, header.height)

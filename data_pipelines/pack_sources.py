@@ -99,7 +99,7 @@ def _open_folder(root: Path, config: PackConfig) -> FolderSource:
             f"source '{root}' has no pictures ({', '.join(sorted(SUFFIXES))}), nor is it a"
             " `datasets` folder (add --kind dataset for one of parquet files)"
         )
-    captioned = any(_stem(name) + suffix in texts for name in pictures for suffix in CAPTION_SUFFIXES)
+    captioned = bool(texts)
     kind = config.kind
     if kind == "auto":
         if not captioned and not all("/" in name for name in pictures):

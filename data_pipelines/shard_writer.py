@@ -1,4 +1,4 @@
-"""Writing shards: the same samples give the same bytes, and a shard is there whole or not at all."""
+"""Writing shards: the same samples give the same bytes; a shard is there whole or not at all."""
 
 from __future__ import annotations
 

@@ -87,8 +87,29 @@ def _pack(config: PackConfig) -> int:
     return 0
 
 
+def _validate(config: ValidateConfig) -> int:
+    from pathlib import Path
+
+    from data_pipelines.clean_copy import check_folder, write_clean_copy
+    from data_pipelines.shard_survey import find_shards
+    from data_pipelines.shard_writer import write_json
+    from data_pipelines.validate import validate
+
+    if config.clean is not None:  # said now, not after hours
+        check_folder(Path(config.clean), find_shards(config.shards))
+    found = validate(config, _workers(config.workers))
+    if config.report is not None:
+        write_json(Path(config.report), found.as_json())
+    print("\n".join(found.lines()))
+    if config.clean is not None:
+        shards, samples = write_clean_copy(found, Path(config.clean))
+        print(f"{samples} samples without problems in {shards} shards: {config.clean}/*.tar")
+    return 1 if found.findings else 0
+
+
 TOOLS = {
     "pack": Tool(PackConfig, "source", _pack),
+    "validate": Tool(ValidateConfig, "shards", _validate),
 }
 
 if __name__ == "__main__":
