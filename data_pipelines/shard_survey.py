@@ -52,18 +52,13 @@ def find_fields(index: ShardIndex, config: ReadConfig) -> Fields:
     """The fields that `config` names, or those of the usual names that any sample has.
 
     Raises:
-        ShardError: no sample has a named one, or there is neither caption nor label.
+        ShardError: no sample has a named one.
     """
     captions, labels = config.caption_key, config.label_key
     if captions is None and "txt" in index.members:
         captions = "txt"
     if labels is None and "cls" in index.members:
         labels = "cls"
-    if captions is None and labels is None:
-        raise ShardError(
-            "no sample has a txt or cls member: set --caption_key (such as json:caption) or"
-            f" --label_key; the shards hold: {', '.join(sorted(index.members))}"
-        )
     if config.caption_key is not None:
         index.require("caption", members_of(config.caption_key))
     if config.label_key is not None:

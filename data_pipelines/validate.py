@@ -64,7 +64,13 @@ def validate(config: ValidateConfig, workers: int) -> Validation:
     if not usable:
         return Validation(paths, None, _wanted(findings, config))
     index = index_shards(usable)
-    checker = SampleChecker(index, find_fields(index, config), config)
+    fields = find_fields(index, config)
+    if fields.captions is None and fields.labels is None:
+        raise ShardError(
+            "no sample has a txt or cls member: set --caption_key (such as json:caption) or"
+            f" --label_key; the shards hold: {', '.join(sorted(index.members))}"
+        )
+    checker = SampleChecker(index, fields, config)
     digests, hashes = [], list[int | None]()
     with tqdm(total=len(index), unit="sample", desc="samples", disable=None) as bar:
         for count, looked in survey(checker.check, range(len(index)), workers):

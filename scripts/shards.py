@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from data_pipelines.tool_config import (
-    IndexConfig,
     PackConfig,
     ShowConfig,
     StatsConfig,
@@ -107,9 +106,76 @@ def _validate(config: ValidateConfig) -> int:
     return 1 if found.findings else 0
 
 
+def _stats(config: StatsConfig) -> int:
+    from pathlib import Path
+
+    from data_pipelines.classification import read_lines
+    from data_pipelines.shard_stats import measure
+
+    names = None if config.classnames is None else read_lines(config.classnames)
+    stats = measure(config, _workers(config.workers))
+    figures = stats.as_json(config.top, names)
+    _print_stats(figures)
+    if config.out is not None:
+        from data_pipelines.shard_plots import draw_stats
+        from data_pipelines.shard_writer import write_json
+
+        out = Path(config.out)
+        out.mkdir(parents=True, exist_ok=True)
+        write_json(out / "stats.json", figures)
+        draw_stats(stats, config.top, names).savefig(out / "stats.png")
+        print(f"written: {out}/stats.json, {out}/stats.png")
+    return 0
+
+
+def _print_stats(figures: dict[str, Any]) -> None:
+    from data_pipelines.shard_survey import printable
+    from eval.tables import text_table
+
+    print(f"{figures['samples']} samples in {figures['shards']} shards")
+    if figures["looked_at"] < figures["samples"]:
+        print(f"looked at {figures['looked_at']} of them")
+    for name in ("truncated_shards", "unreadable"):
+        if figures[name]:
+            print(f"{name.replace('_', ' ')}: {figures[name]} (see the validate tool)")
+    print("formats: " + ", ".join(f"{name} {count}" for name, count in figures["formats"].items()))
+    print()
+    rows = figures["distributions"]
+    header = ["", *next(iter(rows.values()))]
+    print(
+        text_table(header, [[k, *(f"{v:,.6g}" for v in row.values())] for k, row in rows.items()])
+    )
+    print()
+    if figures["captions_over_context"] is not None:
+        print(
+            f"{figures['captions_over_context']} captions have more than"
+            f" {figures['context_length']} tokens of {figures['tokenizer']}, start and end included"
+        )
+    for kind in ("words", "tokens", "labels"):
+        if figures[f"top_{kind}"]:
+            entries = (f"{printable(str(name), 40)} {n}" for name, n in figures[f"top_{kind}"])
+            total = figures.get(f"different_{kind}")
+            print(f"top {kind}" + (f" of {total}: " if total else ": ") + ", ".join(entries))
+
+
+def _figure(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
+
+
+def _show(config: ShowConfig) -> int:
+    from data_pipelines.contact_sheet import draw_contact_sheet
+
+    sheet, count = draw_contact_sheet(config)
+    sheet.save(config.output)
+    print(f"{count} samples: {config.output}")
+    return 0
+
+
 TOOLS = {
     "pack": Tool(PackConfig, "source", _pack),
     "validate": Tool(ValidateConfig, "shards", _validate),
+    "stats": Tool(StatsConfig, "shards", _stats),
+    "show": Tool(ShowConfig, "shards", _show),
 }
 
 if __name__ == "__main__":
