@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, Generic, TypeVar
 
 from torch.utils.data import DataLoader, Dataset
@@ -31,7 +35,8 @@ def ordered_map(
     """Results of `function` for `inputs`, in their order, whatever the number of `workers`.
 
     torch's loader brings what this needs: a bounded number of results ahead of their use, and
-    workers that end when this process does. With 0 workers everything happens here.
+    errors that come through. With 0 workers everything happens here; `worker_start` is called in
+    each worker with its number.
     """
     calls = _Calls(function, inputs)
     workers = min(workers, len(inputs))
@@ -41,9 +46,22 @@ def ordered_map(
             batch_size=None,
             num_workers=workers,
             collate_fn=_as_it_is,
-            worker_init_fn=worker_start if workers else None,
+            worker_init_fn=partial(_start, worker_start),
         )
     )
+
+
+def _start(worker_start: Callable[[int], None] | None, worker: int) -> None:
+    threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
+    if worker_start is not None:
+        worker_start(worker)
+
+
+def _end_with_parent(parent: int) -> None:
+    """A worker whose parent was killed would wait for ever for somebody to read its results."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)
 
 
 def _as_it_is(value: Any) -> Any:

@@ -142,9 +142,8 @@ def _print_stats(figures: dict[str, Any]) -> None:
     print()
     rows = figures["distributions"]
     header = ["", *next(iter(rows.values()))]
-    print(
-        text_table(header, [[k, *(f"{v:,.6g}" for v in row.values())] for k, row in rows.items()])
-    )
+    cells = [[name, *(_figure(value) for value in row.values())] for name, row in rows.items()]
+    print(text_table(header, cells))
     print()
     if figures["captions_over_context"] is not None:
         print(
