@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, Generic, TypeVar
 
+import torch
 from torch.utils.data import DataLoader, Dataset
 
 Input = TypeVar("Input")
@@ -46,6 +47,8 @@ def ordered_map(
             batch_size=None,
             num_workers=workers,
             collate_fn=_as_it_is,
+            # A loader draws one number; not from the generator that training uses.
+            generator=torch.Generator(),
             worker_init_fn=partial(_start, worker_start),
         )
     )

@@ -221,17 +221,22 @@ def read_file(path: Path, limit: int = MAX_MEMBER_BYTES) -> bytes:
     """
     try:
         # Opening a pipe or a device would wait for ever.
-        if not stat.S_ISREG(path.stat().st_mode):
-            raise FieldError("no regular file")
-        with path.open("rb") as file:
-            data = file.read(limit + 1)
+        regular = stat.S_ISREG(path.stat().st_mode)
+        data = _read(path, limit + 1) if regular else b""
     except FileNotFoundError as error:
         raise FieldError("file missing") from error
     except (OSError, ValueError) as error:  # a name with a NUL is a ValueError
         raise FieldError("file unreadable") from error
+    if not regular:
+        raise FieldError("no regular file")
     if len(data) > limit:
         raise FieldError(f"file over {limit} bytes")
     return data
+
+
+def _read(path: Path, count: int) -> bytes:
+    with path.open("rb") as file:
+        return file.read(count)
 
 
 def printable_path(name: str) -> str:

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
+
+import open_clip
+from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
 
 from data_pipelines.shards import ShardError
 
@@ -16,15 +21,16 @@ class TokenNames:
     """A tokenizer that names its tokens; `added` counts those it puts around a caption."""
 
     name: str
-    tokenizer: Any
+    split: Callable[[str], list[str]]
     added: int
 
     def __call__(self, caption: str) -> list[str]:
         """Tokens of a caption without those around it."""
-        text = caption[:MAX_LETTERS]
-        if hasattr(self.tokenizer, "decoder"):  # open_clip's own
-            return [self.tokenizer.decoder[number] for number in self.tokenizer.encode(text)]
-        return self.tokenizer.tokenize(text)
+        return self.split(caption[:MAX_LETTERS])
+
+
+def _split_by_open_clip(tokenizer: SimpleTokenizer, text: str) -> list[str]:
+    return [tokenizer.decoder[number] for number in tokenizer.encode(text)]
 
 
 def open_token_names(name: str) -> TokenNames:
@@ -33,17 +39,15 @@ def open_token_names(name: str) -> TokenNames:
     Raises:
         ShardError: there is none of this name.
     """
-    import open_clip
-    from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
     from transformers import AutoTokenizer
 
     if name == "clip":
-        return TokenNames(name, SimpleTokenizer(), 2)
+        return TokenNames(name, partial(_split_by_open_clip, SimpleTokenizer()), 2)
     try:
         if name in open_clip.list_models():
             found: Any = open_clip.get_tokenizer(name)
             if isinstance(found, SimpleTokenizer):
-                return TokenNames(name, found, 2)
+                return TokenNames(name, partial(_split_by_open_clip, found), 2)
             if not isinstance(found, HFTokenizer):
                 raise ShardError(f"tokenizer '{name}' cannot name its tokens: choose another one")
             found = found.tokenizer
@@ -57,4 +61,5 @@ def open_token_names(name: str) -> TokenNames:
             f"tokenizer '{name}' cannot be opened: use clip, a model name of open_clip, or a folder"
             f" with a Hugging Face tokenizer ({reason})"
         ) from error
-    return TokenNames(name, found, cast(Any, found).num_special_tokens_to_add())
+    own = cast(Any, found)
+    return TokenNames(name, own.tokenize, own.num_special_tokens_to_add())
