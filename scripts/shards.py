@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from data_pipelines.tool_config import (
+    IndexConfig,
     PackConfig,
     ShowConfig,
     StatsConfig,
@@ -94,6 +95,10 @@ def _validate(config: ValidateConfig) -> int:
     from data_pipelines.shard_writer import write_json
     from data_pipelines.validate import validate
 
+    if config.report is not None and not Path(config.report).parent.is_dir():
+        raise ValueError(
+            f"report: there is no folder '{Path(config.report).parent}': make it first"
+        )
     if config.clean is not None:  # said now, not after hours
         check_folder(Path(config.clean), find_shards(config.shards))
     found = validate(config, _workers(config.workers))
@@ -170,11 +175,25 @@ def _show(config: ShowConfig) -> int:
     return 0
 
 
+def _index(config: IndexConfig) -> int:
+    from data_pipelines.shard_survey import find_shards
+    from data_pipelines.shards import index_shards
+
+    index = index_shards(find_shards(config.shards))
+    print(f"{len(index)} samples in {len(index.paths)} shards, fingerprint {index.fingerprint()}")
+    for extension, places in index.members.items():
+        print(f"{int((places[:, 0] >= 0).sum()):10} {extension}")
+    for path in index.truncated:
+        print(f"warning: '{path}' ends early; its complete samples are used")
+    return 0
+
+
 TOOLS = {
     "pack": Tool(PackConfig, "source", _pack),
     "validate": Tool(ValidateConfig, "shards", _validate),
     "stats": Tool(StatsConfig, "shards", _stats),
     "show": Tool(ShowConfig, "shards", _show),
+    "index": Tool(IndexConfig, "shards", _index),
 }
 
 if __name__ == "__main__":

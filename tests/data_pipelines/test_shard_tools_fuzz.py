@@ -20,7 +20,7 @@ from data_pipelines.shards import ShardError, index_shards
 from data_pipelines.tool_config import PackConfig, ShowConfig, StatsConfig, ValidateConfig
 from data_pipelines.validate import validate
 
-FUZZ = 200
+FUZZ = 120
 MAX_PIXELS = 100_000  # mutated headers may claim large pictures, which would take long
 
 
