@@ -82,7 +82,8 @@ class Validation:
         head = f"{samples} samples in {len(self.paths)} shards: "
         if not self.findings:
             return [head + "no problems"]
-        lines = [head + f"{len(self.findings)} problems"]
+        count = len(self.findings)
+        lines = [head + f"{count} problem{'s' if count != 1 else ''}"]
         for kind, count in self.counts.most_common():
             lines.append(f"{count:8} {kind:<18} {KINDS[kind]}")
             found = [finding for finding in self.findings if finding.kind == kind]

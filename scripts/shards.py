@@ -12,6 +12,7 @@ Each has its own --help. See docs/shards.md.
 from __future__ import annotations
 
 import difflib
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -49,7 +50,12 @@ def main(argv: list[str] | None = None) -> None:
         rest.insert(0, f"--{tool.first}")
     config = parse_config(tool.config, rest, tool.config.__doc__ or "")
     codes: list[int] = []
-    run(lambda: codes.append(tool.act(config)))
+    try:
+        run(lambda: codes.append(tool.act(config)))
+        sys.stdout.flush()
+    except BrokenPipeError:  # a pager or head that has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None
     if codes != [0]:
         raise SystemExit(codes[0])
 
