@@ -39,7 +39,7 @@ def draw_contact_sheet(config: ShowConfig) -> tuple[Image.Image, int]:
         ValueError: a setting out of range.
     """
     check_config(config)
-    index = index_shards(find_shards(config.shards))
+    index = index_shards(find_shards(config.shards), folder=config.index_folder)
     fields = find_fields(index, config)
     chosen = spread(len(index), config.count)
     if config.seed is not None:

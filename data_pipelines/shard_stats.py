@@ -148,7 +148,7 @@ def measure(config: StatsConfig, workers: int) -> ShardStats:
             raise ValueError(f"{name} must be at least 1, got {getattr(config, name)}")
     if config.samples is not None and config.samples < 1:
         raise ValueError(f"samples must be at least 1, got {config.samples}")
-    index = index_shards(find_shards(config.shards))
+    index = index_shards(find_shards(config.shards), folder=config.index_folder)
     fields = find_fields(index, config)
     names = None
     if config.tokenizer is not None and fields.captions is not None:

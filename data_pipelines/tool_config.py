@@ -104,6 +104,8 @@ class StatsConfig(ReadConfig):
     """File with one class name per line, to name the labels."""
     out: str | None = None
     """Folder for stats.json and stats.png."""
+    index_folder: str | None = None
+    """Folder for the indexes of shards; null keeps each beside its shard."""
     workers: int | None = None
     """Processes that read; 0 uses none beside the first, null one for each core."""
 
@@ -122,11 +124,17 @@ class ShowConfig(ReadConfig):
     """Pixels of the square that a picture is fitted into."""
     output: str = "shards.png"
     """The contact sheet, a .png."""
+    index_folder: str | None = None
+    """Folder for the indexes of shards; null keeps each beside its shard."""
 
 
 @dataclass
 class IndexConfig:
-    """Read the shards' headers once, for later runs."""
+    """Read the shards' headers once and keep what they say for later runs."""
+
+    index_folder: str | None = None
+    """Folder for the indexes; null keeps each beside its shard, or in the user's cache where that
+    is read-only or remote."""
 
     shards: str = ""
     """Shard pattern; may stand without `--shards`, first. A folder means its .tar files."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import tarfile
+import tempfile
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -20,7 +21,8 @@ from data_pipelines.captions import (
     parse_field,
 )
 from data_pipelines.decode import DecodeError, decode_rgb
-from data_pipelines.findings import KINDS, PICKLES, Finding, Validation
+from data_pipelines.findings import KINDS, Finding, Validation
+from data_pipelines.inspect_headers import inspect_shard
 from data_pipelines.near_duplicates import brightness_steps, repeats, repeats_of_hashes
 from data_pipelines.ordered_map import ordered_map
 from data_pipelines.pack_pictures import HugeImageError, read_header
@@ -38,7 +40,6 @@ from data_pipelines.shards import (
     ShardIndex,
     ShardReader,
     index_shards,
-    split_name,
 )
 from data_pipelines.tool_config import ValidateConfig
 
@@ -54,16 +55,16 @@ def validate(config: ValidateConfig, workers: int) -> Validation:
     paths = find_shards(config.shards)
     findings: list[Finding] = []
     usable: list[str] = []
-    with tqdm(total=len(paths), unit="shard", desc="headers", disable=None) as bar:
-        for path, (fit, found) in zip(
-            paths, ordered_map(inspect_shard, paths, workers), strict=True
-        ):
-            findings += found
-            usable += [path] * fit
-            bar.update()
-    if not usable:
-        return Validation(paths, None, _wanted(findings, config))
-    index = index_shards(usable)
+    with tempfile.TemporaryDirectory(prefix="shard-indexes-") as folder:
+        inspected = ordered_map(partial(inspect_shard, folder=folder), paths, workers)
+        with tqdm(total=len(paths), unit="shard", desc="headers", disable=None) as bar:
+            for path, (fit, found) in zip(paths, inspected, strict=True):
+                findings += found
+                usable += [path] * fit
+                bar.update()
+        if not usable:
+            return Validation(paths, None, _wanted(findings, config))
+        index = index_shards(usable, folder=folder)
     fields = find_fields(index, config)
     if fields.captions is None and fields.labels is None:
         raise ShardError(
@@ -97,53 +98,6 @@ def check_config(config: ValidateConfig) -> None:
 
 def _wanted(findings: Iterable[Finding], config: ValidateConfig) -> list[Finding]:
     return [finding for finding in findings if finding.kind not in config.ignore]
-
-
-def inspect_shard(path: str) -> tuple[bool, list[Finding]]:
-    """Whether a shard has samples to look at, and what its headers show."""
-    findings, whole = _inspect_members(path)
-    try:
-        index = index_shards([path])
-    except ShardError as error:
-        empty = whole and not _is_empty_file(path)
-        kind = "empty_shard" if empty else "broken_shard"
-        return False, [*findings, Finding(kind, path, detail="" if empty else str(error))]
-    except Exception as error:  # parsers of tar headers raise nearly anything on broken files
-        detail = f"{type(error).__name__}: {error}"
-        return False, [*findings, Finding("broken_shard", path, detail=detail)]
-    if index.truncated:
-        findings.append(Finding("truncated_shard", path, detail=f"{len(index)} samples are whole"))
-    return True, findings
-
-
-def _is_empty_file(path: str) -> bool:
-    with open(path, "rb") as file:
-        return not file.read(1)
-
-
-def _inspect_members(path: str) -> tuple[list[Finding], bool]:
-    """What is odd about the names and kinds of members, and whether the tar could be read."""
-    findings: list[Finding] = []
-    seen, last = set[str](), ""
-    try:
-        with tarfile.open(path, "r:") as tar:
-            for member in tar:
-                key, extension = split_name(member.name)
-                if member.isdir():
-                    continue
-                if not member.isreg() or member.issparse() or not extension:
-                    kind = "a hidden file or without extension" if member.isreg() else "no file"
-                    findings.append(Finding("unread_member", path, member.name, kind))
-                    continue
-                if extension in PICKLES:
-                    findings.append(Finding("pickle_member", path, key, extension))
-                if key != last and key in seen:
-                    findings.append(Finding("scattered_members", path, key))
-                seen.add(key)
-                last = key
-    except Exception:  # as above; index_shards says what is wrong
-        return findings, False
-    return findings, True
 
 
 class Looked(NamedTuple):

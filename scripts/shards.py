@@ -182,15 +182,18 @@ def _show(config: ShowConfig) -> int:
 
 
 def _index(config: IndexConfig) -> int:
-    from data_pipelines.shard_survey import find_shards
-    from data_pipelines.shards import index_shards
+    from data_pipelines.build_indexes import build_indexes
 
-    index = index_shards(find_shards(config.shards))
+    index, folders = build_indexes(config)
     print(f"{len(index)} samples in {len(index.paths)} shards, fingerprint {index.fingerprint()}")
     for extension, places in index.members.items():
         print(f"{int((places[:, 0] >= 0).sum()):10} {extension}")
     for path in index.truncated:
         print(f"warning: '{path}' ends early; its complete samples are used")
+    for folder, count in folders.items():
+        print(f"{count} indexes in {folder}")
+    if folders.total() < len(index.paths):
+        print("warning: some indexes could not be kept; set --index_folder to a folder for them")
     return 0
 
 

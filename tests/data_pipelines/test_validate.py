@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import os
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -162,6 +163,29 @@ def test_report_is_readable_and_json(bad_shards: Path) -> None:
     assert "3000 x 300" in lines
     assert "1 x 90" in lines
     assert "as good in" in lines
+
+
+def test_an_index_does_not_hide_damage(tmp_path: Path, picture: Picture) -> None:
+    """A header that is damaged in place, size and date as before."""
+    path = write_tar(tmp_path / "0.tar", [("a.png", picture(0)), ("a.txt", b"x"), ("b.txt", b"y")])
+    os.utime(path, (1e9, 1e9))
+    index_shards([str(path)])
+    assert (tmp_path / "0.tar.index.safetensors").is_file()
+    data = bytearray(path.read_bytes())
+    data[data.index(b"b.txt") + 150] ^= 1  # its checksum
+    path.write_bytes(data)
+    os.utime(path, (1e9, 1e9))
+    assert ("truncated_shard", "0.tar", "") in found(check(tmp_path))
+
+
+def test_names_that_are_no_text(tmp_path: Path, picture: Picture) -> None:
+    members = [("caf\udce9.png", picture(0)), ("caf\udce9.txt", b"x"), ("b.txt", b"y")]
+    validation = check(write_tar(tmp_path / "0.tar", [*members, ("b.png", picture(1))]))
+    assert {kind for kind, _, _ in found(validation)} == {"unsafe_name"}
+    validation.lines()
+    json.dumps(validation.as_json()).encode()
+    write_clean_copy(validation, tmp_path / "clean")
+    assert check(tmp_path / "clean").findings == []
 
 
 def test_duplicates_across_shards(tmp_path: Path, picture: Picture) -> None:

@@ -115,8 +115,11 @@ def test_every_tool_on_good_shards(
     assert Image.open(tmp_path / "s" / "stats.png").width > 500
     assert code_of("show", str(shards), "--output", f"{out}/s.png", "--count", "3") == 0
     assert np.asarray(Image.open(tmp_path / "s.png")).std() > 10
-    assert code_of("index", str(shards)) == 0
-    assert "24 samples in 2 shards" in capsys.readouterr().out
+    assert code_of("index", str(shards), "--index_folder", f"{out}/indexes") == 0
+    printed = capsys.readouterr().out
+    assert "24 samples in 2 shards" in printed
+    assert f"2 indexes in {out}/indexes" in printed
+    assert len(list((tmp_path / "indexes").glob("*.index.safetensors"))) == 2
 
 
 def test_problems_are_exit_code_1_and_a_cleaned_copy_has_none(
