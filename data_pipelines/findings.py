@@ -22,6 +22,7 @@ KINDS = {
     "broken_image": "cannot be decoded",
     "tiny_image": "a side under min_side",
     "huge_image": "over max_pixels, or a member too large to read",
+    "unreadable": "bytes that the disk or the store did not give, in several attempts",
     "empty_caption": "a caption without a letter",
     "broken_caption": "no UTF-8, no JSON, a field that is missing, or over 1 MiB",
     "broken_label": "no integer",

@@ -41,6 +41,7 @@ from data_pipelines.shards import (
     ShardReader,
     index_shards,
 )
+from data_pipelines.sources import ReadError
 from data_pipelines.tool_config import ValidateConfig
 
 
@@ -141,7 +142,8 @@ class SampleChecker:
         try:
             data = read_picture(self.reader, sample, self.fields.images)
         except FieldError as error:
-            return None, [("huge_image", str(error))]
+            kind = "unreadable" if isinstance(error, ReadError) else "huge_image"
+            return None, [(kind, str(error))]
         return data, [] if data is not None else [("missing_member", "no picture")]
 
     def _pixel_problems(self, data: bytes) -> tuple[int | None, list[tuple[str, str]]]:

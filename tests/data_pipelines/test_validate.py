@@ -16,11 +16,13 @@ import pytest
 from PIL import Image
 
 from data_pipelines.clean_copy import write_clean_copy
+from data_pipelines.config import ReadingConfig
 from data_pipelines.findings import KINDS, Validation
 from data_pipelines.near_duplicates import brightness_steps, repeats_of_hashes
+from data_pipelines.shard_survey import Fields
 from data_pipelines.shards import ShardError, ShardReader, index_shards
 from data_pipelines.tool_config import ValidateConfig
-from data_pipelines.validate import is_safe, validate
+from data_pipelines.validate import SampleChecker, is_safe, validate
 
 Picture = Callable[[int], bytes]
 
@@ -124,7 +126,7 @@ EXPECTED = {
 def test_every_problem_is_found_and_nothing_else(bad_shards: Path, workers: int) -> None:
     validation = check(bad_shards, workers, max_pixels=800_000)
     assert found(validation) == EXPECTED
-    assert {kind for kind, _, _ in EXPECTED} | {"near_duplicate"} == set(KINDS)
+    assert {kind for kind, _, _ in EXPECTED} | {"near_duplicate", "unreadable"} == set(KINDS)
 
 
 def test_cleaned_copy_has_no_problems(bad_shards: Path, tmp_path: Path, picture: Picture) -> None:
@@ -176,6 +178,15 @@ def test_an_index_does_not_hide_damage(tmp_path: Path, picture: Picture) -> None
     path.write_bytes(data)
     os.utime(path, (1e9, 1e9))
     assert ("truncated_shard", "0.tar", "") in found(check(tmp_path))
+
+
+def test_bytes_that_cannot_be_read(tmp_path: Path, picture: Picture) -> None:
+    """A shard that shrinks after its headers were read."""
+    path = write_tar(tmp_path / "0.tar", [("a.txt", b"x"), ("a.png", picture(0))])
+    index = index_shards([str(path)], reading=ReadingConfig(attempts=1))
+    os.truncate(path, 2000)
+    checker = SampleChecker(index, Fields(["png"], "txt", None), ValidateConfig())
+    assert [finding.kind for finding in checker.check([0]).findings] == ["unreadable"]
 
 
 def test_names_that_are_no_text(tmp_path: Path, picture: Picture) -> None:
