@@ -65,7 +65,10 @@ class RowSource:
         return self._fingerprint
 
     def read(self, number: int) -> Sample:
-        row = self.rows[number]
+        try:
+            row = self.rows[number]
+        except Exception as error:  # damaged tables raise nearly anything
+            raise FieldError("row unreadable") from error
         record = {k: v for k, v in row.items() if k not in (self.image, self.caption, self.label)}
         record = {str(k): v for k, v in record.items() if _is_plain(v)}
         image, path = self._image(row[self.image])
@@ -123,14 +126,13 @@ def open_table(config: PackConfig) -> RowSource:
         if not textual and not _names_files(path, config):
             return _dataset_rows(_load_parquet(path), config, root, file_digest(path))
         table = _read_text_table(path) if textual else _read_parquet(path)
+        columns = _columns(config, table.column_names, str(path))
+        names = _names_of_labels(table, columns[2], textual)
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         if isinstance(error, ShardError):
             raise
         raise ShardError(f"table '{path}' cannot be read: {_first_line(error)}") from error
-    columns = _columns(config, table.column_names, str(path))
-    rows = _TableRows(table, textual)
-    names = _names_of_labels(table, columns[2], textual)
-    return RowSource(rows, columns, root, names, file_digest(path))
+    return RowSource(_TableRows(table, textual), columns, root, names, file_digest(path))
 
 
 def _names_files(path: Path, config: PackConfig) -> bool:

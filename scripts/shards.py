@@ -12,10 +12,12 @@ Each has its own --help. See docs/shards.md.
 from __future__ import annotations
 
 import difflib
+import io
 import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from data_pipelines.tool_config import (
@@ -94,8 +96,6 @@ def _pack(config: PackConfig) -> int:
 
 
 def _validate(config: ValidateConfig) -> int:
-    from pathlib import Path
-
     from data_pipelines.clean_copy import check_folder, write_clean_copy
     from data_pipelines.shard_survey import find_shards
     from data_pipelines.shard_writer import write_json
@@ -118,8 +118,6 @@ def _validate(config: ValidateConfig) -> int:
 
 
 def _stats(config: StatsConfig) -> int:
-    from pathlib import Path
-
     from data_pipelines.classification import read_lines
     from data_pipelines.shard_stats import measure
 
@@ -129,12 +127,14 @@ def _stats(config: StatsConfig) -> int:
     _print_stats(figures)
     if config.out is not None:
         from data_pipelines.shard_plots import draw_stats
-        from data_pipelines.shard_writer import write_json
+        from data_pipelines.shard_writer import write_atomic, write_json
 
         out = Path(config.out)
         out.mkdir(parents=True, exist_ok=True)
         write_json(out / "stats.json", figures)
-        draw_stats(stats, config.top, names).savefig(out / "stats.png")
+        figure = io.BytesIO()
+        draw_stats(stats, config.top, names).savefig(figure)
+        write_atomic(out / "stats.png", figure.getvalue())
         print(f"written: {out}/stats.json, {out}/stats.png")
     return 0
 
@@ -174,9 +174,12 @@ def _figure(value: float) -> str:
 
 def _show(config: ShowConfig) -> int:
     from data_pipelines.contact_sheet import draw_contact_sheet
+    from data_pipelines.shard_writer import write_atomic
 
     sheet, count = draw_contact_sheet(config)
-    sheet.save(config.output)
+    picture = io.BytesIO()
+    sheet.save(picture, "PNG")
+    write_atomic(Path(config.output), picture.getvalue())
     print(f"{count} samples: {config.output}")
     return 0
 

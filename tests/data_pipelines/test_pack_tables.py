@@ -147,6 +147,23 @@ def test_a_folder_that_datasets_can_read(
     assert (tmp_path / "out" / "classnames.txt").read_text() == "ant\nbee\n"
 
 
+def test_parquet_with_text_that_is_no_utf8(pictures: Path, tmp_path: Path) -> None:
+    bad = pyarrow.Array.from_buffers(
+        pyarrow.string(),
+        2,
+        [None, pyarrow.py_buffer(b"\0\0\0\0\1\0\0\0\2\0\0\0"), pyarrow.py_buffer(b"a\xff")],
+    )
+    table = pyarrow.table({"path": ["0.png", "1.png"], "caption": bad})
+    parquet.write_table(table, pictures / "t.parquet")
+    assert [s["txt"] for s in packed(pictures / "t.parquet", tmp_path / "out")] == [b"a"]
+    record = json.loads((tmp_path / "out" / "00000_stats.json").read_text())
+    assert record["skipped"] == {"row 1": "row unreadable"}
+    labelled = pyarrow.table({"path": ["0.png", "1.png"], "label": bad})
+    parquet.write_table(labelled, pictures / "l.parquet")
+    with pytest.raises(ShardError, match="cannot be read"):
+        run(pictures / "l.parquet", tmp_path / "labelled")
+
+
 @pytest.mark.parametrize(
     ("content", "settings", "message"),
     [
