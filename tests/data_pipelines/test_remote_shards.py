@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import os
-import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -25,9 +24,7 @@ from data_pipelines.shards import (
     index_shards,
 )
 from data_pipelines.sidecar import default_folder
-
-sys.path.insert(0, str(Path(__file__).parent))
-from http_server import ShardServer
+from tests.data_pipelines.http_server import ShardServer
 
 MakeShard = Callable[[str, Iterable[tuple[str, dict[str, bytes]]]], Path]
 QUICK = ReadingConfig(attempts=3, backoff=0.002, timeout=0.15)
