@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import tarfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -198,8 +199,8 @@ def _filesystem(path: str, reading: ReadingConfig) -> Any:
 class BlockReader:
     """A read-only file, of the kind that tarfile takes, which fetches its bytes in blocks.
 
-    Blocks double while they follow each other and shrink after a jump, so small members are
-    streamed, and large ones are jumped over.
+    Blocks double while less lies between them than they are long, and shrink after a longer jump;
+    so small members are streamed, and large ones are jumped over.
 
     Args:
         read: gives the bytes from an offset on, of a length.
@@ -225,10 +226,10 @@ class BlockReader:
         """At most `length` bytes.
 
         Raises:
-            ReadError: more than LARGEST, which no header of an honest tar has.
+            tarfile.ReadError: more than LARGEST, which no header of an honest tar has.
         """
         if length > self.LARGEST:
-            raise ReadError("header over the limit")
+            raise tarfile.ReadError(f"a header of {length} bytes")
         end = min(self._place + length, self.size)
         if end <= self._place:
             return b""
@@ -239,8 +240,9 @@ class BlockReader:
         return data
 
     def _fetch(self, end: int) -> None:
-        follows = 0 <= self._place - self._start <= len(self._block)
-        grown = self._length * 2 if follows and self._block else self.SMALLEST
+        gap = self._place - self._start - len(self._block)
+        follows = self._block and self._start <= self._place and gap <= self._length
+        grown = self._length * 2 if follows else self.SMALLEST
         self._length = min(grown, self.LARGEST)
         length = min(max(self._length, end - self._place), self.size - self._place)
         self._block, self._start = self._read(self._place, length), self._place

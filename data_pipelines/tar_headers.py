@@ -10,7 +10,7 @@ from typing import cast
 import numpy as np
 
 from data_pipelines.errors import ShardError
-from data_pipelines.sources import BlockReader
+from data_pipelines.sources import BlockReader, ReadError
 
 MAX_EXTENSIONS = 64
 Places = dict[str, tuple[int, int]]  # extension -> offset and length in bytes
@@ -88,10 +88,10 @@ def _read_members(path: str, file: BlockReader) -> tuple[Samples, bool]:
                     samples.append((key, newest[key]))
                 newest[key][ext] = (member.offset_data, member.size)
             end = tar.offset
+    except ReadError:  # says nothing about the tar
+        raise
     # Headers of headers nest; numbers and texts in them may be anything.
     except (tarfile.TarError, ValueError, OverflowError, RecursionError) as error:
-        if isinstance(error, ShardError):
-            raise
         return _broken(path, file, samples, error)
     # Reading also stops quietly at a damaged header; a whole tar ends in zeros, 20 blocks at most.
     file.seek(end)

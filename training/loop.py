@@ -228,20 +228,26 @@ class Trainer:
     def _log(
         self, loss: Tensor, norm: Tensor, metrics: dict[str, Tensor], progress: Progress
     ) -> None:
-        """Write a row of metrics: means over all processes, but counts of this process only.
+        """Write a row of metrics, over all processes.
 
-        `skipped` are its unusable samples so far, `skipped_updates` the updates that the gradient
-        scaler has skipped; both are left out while they are zero.
+        `samples` have been seen so far; `skipped` is how many could not be used besides,
+        `skipped_reasons` says why, and `skipped_updates` are the updates that the gradient scaler
+        has skipped; these are left out while they are zero.
         """
         self.guard.verify(self.step)
         names = sorted(metrics)
         stacked = torch.stack([loss.float(), *(metrics[name].float() for name in names)])
         stacked = self.accelerator.reduce(stacked, reduction="mean")
+        skipped = self.total_skipped()
         if self.writer is None:
             return
         values = dict(zip(["loss", *names], stacked.tolist(), strict=True))
         speed = progress.speed()
-        counts = {"skipped": self.skipped.total(), "skipped_updates": self.guard.skipped}
+        counts: dict[str, Any] = {
+            "skipped": skipped.total(),
+            "skipped_reasons": dict(skipped),
+            "skipped_updates": self.guard.skipped,
+        }
         self.writer.write(
             "metrics",
             self.step,
