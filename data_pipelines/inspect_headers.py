@@ -23,16 +23,19 @@ def inspect_shard(path: str, folder: str) -> tuple[bool, list[Finding]]:
         folder: where its index is kept. Not beside the shard: an older index would hide damage
             that does not change the date of the file.
     """
-    findings, members = _inspect_members(path)
     try:
         index = index_shards([path], folder=folder)
     except ShardError as error:
-        empty = members == 0 and not is_remote(path) and not _is_empty_file(path)
+        if is_remote(path):  # a server that has just failed is not asked again
+            return False, [Finding("broken_shard", path, detail=str(error))]
+        findings, members = _inspect_members(path)
+        empty = members == 0 and not _is_empty_file(path)
         kind = "empty_shard" if empty else "broken_shard"
         return False, [*findings, Finding(kind, path, detail="" if empty else str(error))]
     except Exception as error:  # parsers of tar headers raise nearly anything on broken files
         detail = f"{type(error).__name__}: {error}"
-        return False, [*findings, Finding("broken_shard", path, detail=detail)]
+        return False, [Finding("broken_shard", path, detail=detail)]
+    findings, _ = _inspect_members(path)
     if index.truncated:
         findings.append(Finding("truncated_shard", path, detail=f"{len(index)} samples are whole"))
     return True, findings

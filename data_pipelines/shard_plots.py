@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import io
+import warnings
 from collections.abc import Callable, Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, MaxNLocator
+from matplotlib.ticker import (
+    EngFormatter,
+    FuncFormatter,
+    LogLocator,
+    MaxNLocator,
+    NullFormatter,
+)
 
 from data_pipelines.shard_stats import ShardStats, label_name, top_of
 from data_pipelines.shard_survey import printable
@@ -15,6 +24,16 @@ from data_pipelines.shard_survey import printable
 COLOUR, MARK = "#3b6ea5", "#c2452d"
 COLUMNS = 3
 Panel = Callable[[Axes], None]
+
+
+def render_stats(stats: ShardStats, top: int, names: Sequence[str] | None = None) -> bytes:
+    """The figure of `draw_stats` as PNG."""
+    buffer = io.BytesIO()
+    with warnings.catch_warnings():
+        # Letters that the font lacks become boxes.
+        warnings.filterwarnings("ignore", message="Glyph .* missing")
+        draw_stats(stats, top, names).savefig(buffer, format="png")
+    return buffer.getvalue()
 
 
 def draw_stats(stats: ShardStats, top: int, names: Sequence[str] | None = None) -> Figure:
@@ -69,6 +88,7 @@ def _sizes(axes: Axes, widths: np.ndarray, heights: np.ndarray) -> None:
     for scale, values in ((axes.set_xscale, widths), (axes.set_yscale, heights)):
         if values.max() > 8 * values.min():
             scale("log")
+            _plain_ticks(axes.xaxis if scale == axes.set_xscale else axes.yaxis)
     axes.set_xlabel("width, pixels")
     axes.set_ylabel("height, pixels")
     different = sizes.shape[1]
@@ -80,6 +100,7 @@ def _histogram(axes: Axes, values: np.ndarray, name: str, log: bool = False) -> 
     spans = log and values.min() > 0 and values.max() > 4 * values.min()
     if spans:
         axes.set_xscale("log")
+        _plain_ticks(axes.xaxis)
         bins: list[float] | int = np.geomspace(values.min(), values.max(), 41).tolist()
     elif np.issubdtype(values.dtype, np.integer):
         # Whole numbers per bar, or some bars would hold more of them than others.
@@ -93,6 +114,13 @@ def _histogram(axes: Axes, values: np.ndarray, name: str, log: bool = False) -> 
     axes.set_ylabel("count")
     if spans and "bytes" in name:
         axes.xaxis.set_major_formatter(EngFormatter(unit="B"))
+
+
+def _plain_ticks(axis: Axis) -> None:
+    """Numbers such as 200 and 0.5 on a logarithmic axis, and not so many that they overlap."""
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _tokens(axes: Axes, values: np.ndarray, stats: ShardStats) -> None:

@@ -124,18 +124,17 @@ def _stats(config: StatsConfig) -> int:
     names = None if config.classnames is None else read_lines(config.classnames)
     stats = measure(config, _workers(config.workers))
     figures = stats.as_json(config.top, names)
-    _print_stats(figures)
     if config.out is not None:
-        from data_pipelines.shard_plots import draw_stats
+        from data_pipelines.shard_plots import render_stats
         from data_pipelines.shard_writer import write_atomic, write_json
 
         out = Path(config.out)
         out.mkdir(parents=True, exist_ok=True)
         write_json(out / "stats.json", figures)
-        figure = io.BytesIO()
-        draw_stats(stats, config.top, names).savefig(figure)
-        write_atomic(out / "stats.png", figure.getvalue())
-        print(f"written: {out}/stats.json, {out}/stats.png")
+        write_atomic(out / "stats.png", render_stats(stats, config.top, names))
+    _print_stats(figures)
+    if config.out is not None:
+        print(f"written: {config.out}/stats.json, {config.out}/stats.png")
     return 0
 
 
