@@ -30,6 +30,7 @@ from torch import Tensor
 
 from data_pipelines.config import ImageTextConfig
 from data_pipelines.shards import FieldError, ShardError, ShardIndex
+from data_pipelines.sources import ReadError, read_range
 
 Side = Literal["image", "text"]
 Fingerprint = dict[str, str]
@@ -53,10 +54,13 @@ def shard_hash(index: ShardIndex, number: int) -> str:
         places = table[first:last]
         if (places >= 0).any():  # other shards' extensions are none of this one's business
             digest.update(f"\n{ext}\n".encode() + places.astype("<i8").tobytes())
-    with open(index.paths[number], "rb") as file:
+    path, length = index.paths[number], min(size, BLOCK_BYTES)
+    try:
         for block in range(BLOCKS):
-            file.seek(max(0, size - BLOCK_BYTES) * block // (BLOCKS - 1))
-            digest.update(file.read(BLOCK_BYTES))
+            offset = max(0, size - BLOCK_BYTES) * block // (BLOCKS - 1)
+            digest.update(read_range(path, offset, length, index.reading))
+    except ReadError as error:
+        raise ShardError(f"shard '{path}' {error}") from error
     return digest.hexdigest()[:16]
 
 

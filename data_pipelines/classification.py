@@ -15,8 +15,7 @@ from data_pipelines.shards import (
     ShardError,
     ShardIndex,
     ShardReader,
-    expand_shards,
-    index_shards,
+    open_shards,
 )
 from data_pipelines.stream import SkipSample, Stream
 from data_pipelines.transforms import train_transform
@@ -86,7 +85,7 @@ def classification_stream(
     Raises:
         ShardError: missing, empty or unsuitable shards, or fewer samples than a batch.
     """
-    index = index_shards(expand_shards(config.shards))
+    index = open_shards(config)
     return Stream(
         index,
         ClassificationLoader(index, config, image_size, num_classes),
@@ -97,4 +96,5 @@ def classification_stream(
         rank=rank,
         world=world,
         workers=workers,
+        config=config,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 
 @dataclass
@@ -43,11 +44,42 @@ class AugmentationConfig:
 
 
 @dataclass
+class ReadingConfig:
+    """How bytes are read, and how often again where that fails."""
+
+    attempts: int = 5
+    """Times a read is tried before the sample is skipped; a shard that has just failed as often is
+    tried once."""
+    backoff: float = 0.5
+    """Seconds before the second attempt, doubled before each further one."""
+    timeout: float = 30.0
+    """Seconds of silence after which a server counts as stalled (http and https)."""
+
+
+@dataclass
 class StreamConfig:
     """Which shards are read, and in what order."""
 
     shards: str = ""
-    """Shard pattern: a path, `{0000..0099}` ranges, `*` globs, several joined by `::`."""
+    """Shard pattern: a path, `{0000..0099}` ranges, `*` globs, several sources joined by `::`; also
+    `https://`, `s3://`, `gs://` and `hf://` addresses."""
+    weights: list[float] = field(default_factory=list)
+    """Share of each `::`-joined source in the stream, in any unit; each source then has epochs of
+    its own. Empty: all samples are equal, and each is used once per epoch."""
+    with_replacement: bool = False
+    """Draw every sample anew (open_clip's `--dataset-resampled`): there are no epochs then, and
+    nothing is used exactly once."""
+    index_folder: str | None = None
+    """Folder for the indexes of shards; null keeps each beside its shard, or in the user's cache
+    where that is read-only or remote."""
+    on_bad_sample: Literal["skip", "stop"] = "skip"
+    """Skip and count samples that cannot be used, or stop with shard, key and reason."""
+    max_skipped: float = 0.5
+    """Share of skipped samples above which a run stops, after the first thousand samples; 1 never
+    does."""
+    report_wait: float = 60.0
+    """Seconds without a batch after which a line says what is waited for, and again each time."""
+    reading: ReadingConfig = field(default_factory=ReadingConfig)
     image_keys: list[str] = field(default_factory=lambda: ["jpg", "jpeg", "png", "webp"])
     """Member extensions that hold the picture, the first present one is used."""
     shuffle: bool = True

@@ -21,7 +21,7 @@ from data_pipelines.captions import (
 )
 from data_pipelines.config import AugmentationConfig, ImageTextConfig
 from data_pipelines.decode import DecodeError, decode_rgb
-from data_pipelines.shards import FieldError, ShardIndex, ShardReader, expand_shards, index_shards
+from data_pipelines.shards import FieldError, ShardIndex, ShardReader, open_shards
 from data_pipelines.stream import SkipSample, Stream
 from data_pipelines.transforms import changes_at_random, train_transform
 
@@ -129,7 +129,7 @@ def image_text_stream(
     """
     if config.cached_image is not None:
         refuse_augmentation(config.augmentation)
-    index = index_shards(expand_shards(config.shards))
+    index = open_shards(config)
     cached = open_caches(config, index)
     return Stream(
         index,
@@ -141,6 +141,7 @@ def image_text_stream(
         rank=rank,
         world=world,
         workers=workers,
+        config=config,
         cached=cached,
     )
 

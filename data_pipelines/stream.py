@@ -4,129 +4,103 @@ The stream is addressed by one integer, the serial number t of a sample since th
 training: epoch t // N, position t % N. Global batch g holds the serial numbers
 [g * B, (g + 1) * B), and process r takes its r-th contiguous part, so the global batches are the
 same for every number of processes and loader workers. Resuming is starting at another g: nothing
-is replayed. Every sample is used exactly once per epoch; a batch may span two epochs.
+is replayed. Every sample is used exactly once per epoch; a batch may span two epochs. Mixtures of
+sources and sampling with replacement are orders of their own (`data_pipelines.order`).
 """
 
 from __future__ import annotations
 
-import hashlib
-import math
 import signal
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from data_pipelines.cached_embeddings import CachedEmbeddings, Side
-from data_pipelines.shards import ShardError, ShardIndex
+from data_pipelines.config import StreamConfig
+from data_pipelines.errors import LoaderError, ShardError
+from data_pipelines.order import Order, SampleOrder, build_order, hash_of
+from data_pipelines.shard_index import ShardIndex
+from data_pipelines.shard_reader import PREFETCHED, ShardReader
+from data_pipelines.shards import describe_skips
+from data_pipelines.sources import is_remote
+from data_pipelines.waiting import Board, Watch
 
 Batch = dict[str, Any]
 ATTEMPTS = 64
+SETTLED = 1000  # samples after which the share of skipped ones says something
+
+__all__ = ["ATTEMPTS", "SampleOrder", "SkipSample", "Stream", "StreamDataset", "collate"]
 
 
 class SkipSample(ValueError):
     """Raised by a sample loader for a sample that cannot be used; the message is the reason."""
 
 
-class SampleOrder:
-    """Permutation of the samples of each epoch, computed window by window.
-
-    Shards are permuted first; then the samples of each window of `window` consecutive samples are
-    permuted among themselves. With a window of at least N this is a full shuffle. Memory and the
-    cost of jumping to any position are those of one window.
-    """
-
-    def __init__(self, sizes: np.ndarray, seed: int, shuffle: bool, window: int) -> None:
-        if window < 1:
-            raise ValueError(f"shuffle_window must be at least 1, got {window}")
-        self.sizes, self.seed, self.shuffle, self.window = sizes, seed, shuffle, window
-        self.total = int(sizes.sum())
-        self._cache: dict[tuple[int, int], np.ndarray] = {}
-        # Substitutes come from a span as long as the window, so that its permutation is at hand;
-        # of few or short windows, from more. Strides without a common factor with the span visit
-        # all of it, and near 0.38 of it their successive places lie far apart.
-        self.span = min(self.total, max(window, 4096))
-        self._stride = max(1, round(0.382 * self.span))
-        while math.gcd(self._stride, self.span) > 1:
-            self._stride += 1
-
-    def __getstate__(self) -> dict[str, object]:
-        return self.__dict__ | {"_cache": {}}
-
-    def substitute(self, serial: int, attempt: int) -> int:
-        """Serial number to try instead of `serial`: the same epoch, different for each attempt.
-
-        Attempt 0 is `serial` itself; attempts below `span` are all different.
-        """
-        epoch, position = divmod(serial, self.total)
-        first = min(position - position % self.window, self.total - self.span)
-        place = (position - first + attempt * self._stride) % self.span
-        return epoch * self.total + first + place
-
-    def sample(self, serial: int) -> int:
-        """Number of the sample, in shard order, that has the serial number `serial`."""
-        epoch, position = divmod(serial, self.total)
-        if not self.shuffle:
-            return position
-        window, place = divmod(position, self.window)
-        if (epoch, window) not in self._cache:
-            if len(self._cache) >= 2:  # a batch touches two windows at most
-                self._cache.pop(next(iter(self._cache)))
-            self._cache[epoch, window] = self._permute(epoch, window)
-        return int(self._cache[epoch, window][place])
-
-    def _permute(self, epoch: int, window: int) -> np.ndarray:
-        shards = _permutation(len(self.sizes), self.seed, epoch, 0)
-        sizes = self.sizes[shards]
-        ends = np.cumsum(sizes)
-        first = np.concatenate([[0], np.cumsum(self.sizes)])[:-1][shards]
-        start = window * self.window
-        positions = np.arange(start, min(start + self.window, self.total))
-        block = np.searchsorted(ends, positions, side="right")
-        samples = first[block] + positions - (ends - sizes)[block]
-        return samples[_permutation(len(samples), self.seed, epoch, window + 1)]
-
-
-def _permutation(count: int, *key: int) -> np.ndarray:
-    # numpy promises that the raw output of a bit generator never changes, unlike `permutation`.
-    bits = np.random.Philox(key=_hash(*key)).random_raw(count)
-    return np.argsort(bits, kind="stable")
-
-
-def _hash(*numbers: int) -> int:
-    digest = hashlib.sha256(",".join(map(str, numbers)).encode()).digest()
-    return int.from_bytes(digest[:16], "big")
-
-
 class StreamDataset(Dataset[dict[str, Any]]):
     """Samples by serial number, decoded and augmented with a generator keyed by (seed, serial).
 
     `load(sample)` returns the fields of one sample, drawing randomness from torch's default
-    generator, or raises SkipSample. A sample that is skipped is replaced by one from elsewhere in
-    the epoch's order (`SampleOrder.substitute`); the reason travels with the batch in `skipped`.
+    generator, or raises SkipSample. A sample that is skipped is replaced by another candidate of
+    the order; the reason travels with the batch in `skipped`.
+
+    Args:
+        order: which sample belongs to a serial number, and what replaces it.
+        load, seed: see above.
+        stop_with: the shards, if an unusable sample ends the stream; for the message.
+        reader: fetches samples of stores ahead.
+        board: is told what this process is at.
     """
 
     def __init__(
-        self, order: SampleOrder, load: Callable[[int], dict[str, Any]], seed: int
+        self,
+        order: Order,
+        load: Callable[[int], dict[str, Any]],
+        seed: int,
+        *,
+        stop_with: ShardIndex | None = None,
+        reader: ShardReader | None = None,
+        board: Board | None = None,
     ) -> None:
         self.order, self.load, self.seed = order, load, seed
+        self.stop_with, self.reader = stop_with, reader
+        self.board = board or Board(workers=0)
+
+    def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
+        """The samples of a batch; those of stores are fetched a few at a time, side by side."""
+        if self.reader is None:
+            return [self[index] for index in indices]
+        samples: list[dict[str, Any]] = []
+        for start in range(0, len(indices), PREFETCHED):
+            some = indices[start : start + PREFETCHED]
+            numbers = [self.order.candidate(index, 0) for index in some]
+            self.board.start(numbers[0])
+            self.reader.prefetch(numbers)
+            samples += [self[index] for index in some]
+        return samples
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         skipped: list[str] = []
         outside = torch.get_rng_state()  # without workers this is the training process
         try:
             for attempt in range(min(ATTEMPTS, self.order.span)):
-                sample = self.order.sample(self.order.substitute(index, attempt))
-                torch.default_generator.manual_seed(_hash(self.seed, index) >> 65)
+                sample = self.order.candidate(index, attempt)
+                self.board.start(sample)
+                torch.default_generator.manual_seed(hash_of(self.seed, index) >> 65)
                 try:
                     return self.load(sample) | {"skipped": skipped}
                 except SkipSample as reason:
+                    if self.stop_with is not None:
+                        raise ShardError(
+                            f"{self.stop_with.describe(sample)} cannot be used: {reason};"
+                            " data.on_bad_sample skip would count it and go on"
+                        ) from reason
                     skipped.append(str(reason))
         finally:
             torch.set_rng_state(outside)
+            self.board.rest()
         reasons = Counter(skipped).most_common(3)
         raise ShardError(
             f"{len(skipped)} samples in a row cannot be used: "
@@ -160,9 +134,10 @@ class Stream:
         rank, world: this process and how many there are.
         workers: loader processes; 0 decodes in the training process.
         cached: embeddings that are streamed in place of what a tower would read, by side.
+        config: weights of sources, and what to do about bad samples and long waits.
 
     Raises:
-        ShardError: the batch is larger than the data set.
+        ShardError: the batch is larger than the data set, or weights do not fit the sources.
         ValueError: the batch cannot be divided among the processes.
     """
 
@@ -179,6 +154,7 @@ class Stream:
         world: int,
         workers: int,
         cached: Mapping[Side, CachedEmbeddings] | None = None,
+        config: StreamConfig | None = None,
     ) -> None:
         if global_batch % world:
             raise ValueError(
@@ -193,21 +169,36 @@ class Stream:
         self.index, self.global_batch = index, global_batch
         self.rank, self.world, self.workers = rank, world, workers
         self.cached = dict(cached or {})
-        self.dataset = StreamDataset(SampleOrder(index.sizes, seed, shuffle, window), load, seed)
+        self.config = config = config or StreamConfig()
+        order = build_order(
+            index.sizes,
+            index.sources,
+            seed=seed,
+            shuffle=shuffle,
+            window=window,
+            weights=config.weights,
+            with_replacement=config.with_replacement,
+        )
+        remote = any(map(is_remote, index.paths))
+        self.dataset = StreamDataset(
+            order,
+            load,
+            seed,
+            stop_with=index if config.on_bad_sample == "stop" else None,
+            reader=getattr(load, "reader", None) if remote else None,
+            board=Board(workers),
+        )
 
     def __len__(self) -> int:
         return len(self.index)
 
     def identity(self) -> dict[str, Any]:
         """What must be unchanged for a resumed run to continue the same sequence."""
-        order = self.dataset.order
         return {
             "shards": self.index.fingerprint(),
             "samples": len(self.index),
             "batch_size": self.global_batch,
-            "seed": order.seed,
-            "shuffle": order.shuffle,
-            "shuffle_window": order.window,
+            **self.dataset.order.identity(),
             **{f"cached_{side}": cache.digest() for side, cache in self.cached.items()},
         }
 
@@ -215,7 +206,9 @@ class Stream:
         """Batches from `start_step` on; the stream never ends, the caller stops.
 
         Raises:
-            ShardError: many samples in a row cannot be used.
+            ShardError: many samples in a row, or too large a share of all, cannot be used; or one,
+                where the settings say so.
+            LoaderError: a loader process has died.
         """
         loader = DataLoader(
             self.dataset,
@@ -229,9 +222,47 @@ class Stream:
             generator=torch.Generator(),
         )
         try:
-            yield from loader
+            yield from self._checked(iter(loader))
         except ShardError as error:
             raise without_stack(error) from None
+        except RuntimeError as error:
+            if not str(error).startswith("DataLoader worker (pid"):
+                raise
+            raise _dead_loader(error) from None
+
+    def _checked(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """The batches, with a word about long waits and a limit to what is skipped."""
+        index, board = self.index, self.dataset.board
+        seen, skipped = 0, Counter[str]()
+        with Watch(self.config.report_wait, lambda waited: board.describe(index, waited)) as watch:
+            while True:
+                with watch.waiting():
+                    batch = next(batches)
+                seen += self.global_batch // self.world
+                skipped.update(batch["skipped"])
+                check_skipped(seen, skipped, self.config.max_skipped)
+                yield batch
+
+
+def check_skipped(seen: int, skipped: Counter[str], limit: float) -> None:
+    """Raise ShardError where more than the share `limit` of at least SETTLED samples that were
+    tried, seen or skipped, were skipped."""
+    tried = seen + skipped.total()
+    if tried >= SETTLED and skipped.total() > limit * tried:
+        raise ShardError(
+            f"of {tried} samples, {describe_skips(skipped)}; that is more than data.max_skipped"
+            f" {limit:g} allows: mend the shards, or raise it"
+        )
+
+
+def _dead_loader(error: RuntimeError) -> LoaderError:
+    """The error about a loader process that ended without being asked to."""
+    what = str(error).partition(". ")[0].removeprefix("DataLoader worker ")
+    killed = " (often the system, for lack of memory)" if "illed" in what else ""
+    return LoaderError(
+        f"a loader process has died: {what}{killed}: use fewer data.workers or more memory; the run"
+        " goes on with the next sample with --resume auto"
+    )
 
 
 def without_stack(error: ShardError) -> ShardError:

@@ -309,11 +309,13 @@ class Trainer:
             self.save()
 
     def _log(self, loss: Tensor, norm: Tensor, metrics: Metrics) -> None:
-        """Write a row of metrics. `skipped` are unusable samples so far, `skipped_updates` those
-        of the gradient scaler, `left_out_updates` those of the guard."""
+        """Write a row of metrics. `skipped` are unusable samples so far, over all processes,
+        `skipped_updates` those of the gradient scaler, `left_out_updates` those of the guard."""
         self.guard.verify(self.step)
-        counts = {
-            "skipped": self.skipped.total(),
+        skipped = self.total_skipped()
+        counts: dict[str, Any] = {
+            "skipped": skipped.total(),
+            "skipped_reasons": dict(skipped),
             "skipped_updates": self.guard.skipped,
             "left_out_updates": self.guard.left_out,
         }

@@ -20,6 +20,8 @@ PARTIAL_SETTINGS = SETTINGS + ".partial"
 # number of steps, which is worth a line.
 FREE_SETTINGS = {
     "resume", "run_dir", "evaluation", "data.workers",
+    "data.index_folder", "data.on_bad_sample", "data.max_skipped", "data.report_wait",
+    "data.reading.attempts", "data.reading.backoff", "data.reading.timeout",
     "train.steps", "train.log_every", "train.eval_every", "train.save_every", "train.keep_last",
     "train.threads", "train.tensorboard", "train.log_routing", "train.max_time",
     "train.stall_limit", "train.ema_evaluate", "train.compile", "train.gradient_checkpointing",

@@ -86,9 +86,9 @@ class Tracking:
         norm: Tensor,
         metrics: Metrics,
         rates: Mapping[str, float],
-        counts: Mapping[str, int],
+        counts: Mapping[str, Any],
     ) -> None:
-        """Write a row of metrics: means over all processes, but counts of this process only.
+        """Write a row of metrics: means and counts over all processes.
 
         Args:
             rates: learning rates by name.

@@ -84,7 +84,7 @@ def test_patterns_name_files(folder: Path, pattern: str, names: list[str]) -> No
         ("{R}/b/*.tar.gz", "'{R}/b/.*': '{R}/b' holds 1 .tar files, but not"),
         ("{R}/a/folder.tar", "but not '{R}/a/folder.tar'"),
         ("{R}/a/{00..02.tar", "'{R}/a/{00..02.tar' is malformed"),
-        ("s3://bucket/{00..02}.tar", "only files are read: copy 's3://bucket"),
+        ("ftp://host/{00..02}.tar", "'ftp://host/.*' cannot be read: only files and .*s3://"),
         ("pipe:cat {R}/a/00.tar", "only files are read"),
     ],
 )

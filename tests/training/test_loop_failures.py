@@ -45,6 +45,7 @@ def test_skipped_samples_are_counted_in_the_metrics(tmp_path: Path) -> None:
     make_trainer(tmp_path).fit()
     counts = [row.get("skipped") for row in metrics(tmp_path)]
     assert counts == [None, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6]
+    assert metrics(tmp_path)[-1]["skipped_reasons"] == {"broken image": 6}
 
 
 @pytest.mark.parametrize(("log_every", "steps"), [(1, "5 to 5"), (3, "5 to 6"), (100, "5 to 8")])
