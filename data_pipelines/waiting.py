@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import torch
 from torch.utils.data import get_worker_info
@@ -45,11 +45,12 @@ class Board:
         """Ids of loader processes that are no more. They lose their connections first, so this
         waits for a moment where all seem to be there."""
         for _ in range(50):
-            alive = {child.pid for child in multiprocessing.active_children()}
-            dead = [pid for pid in self._rows[:, 0].tolist() if pid and pid not in alive]
-            if dead:
-                return dead
-            time.sleep(0.1)
+            with suppress(RuntimeError):  # torch raises it out of the signal that a child has died
+                alive = {child.pid for child in multiprocessing.active_children()}
+                dead = [pid for pid in self._rows[:, 0].tolist() if pid and pid not in alive]
+                if dead:
+                    return dead
+                time.sleep(0.1)
         return []
 
     def describe(self, index: ShardIndex, waited: float) -> str:
