@@ -87,7 +87,7 @@ def time_webdataset(pattern: str, start: int) -> dict[str, Any]:
 
     torch.set_num_threads(1)
     began = time.perf_counter()
-    raw = webdataset.WebDataset(pattern, shardshuffle=100, seed=0).shuffle(1000)
+    raw: Any = webdataset.WebDataset(pattern, shardshuffle=100, seed=0).shuffle(1000)
     rest = itertools.islice(raw, start, None)
     decoded = webdataset.pipelinefilter(lambda data: data)()(rest)
     decode = webdataset.autodecode.Decoder([webdataset.autodecode.imagehandler("torchrgb8")])
@@ -98,7 +98,7 @@ def time_webdataset(pattern: str, start: int) -> dict[str, Any]:
 
 
 def _peak_mib() -> float:
-    """Largest private memory of this process so far; pages of files do not count."""
+    """Largest resident memory of this process so far."""
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
