@@ -225,10 +225,12 @@ class Stream:
             yield from self._checked(iter(loader))
         except ShardError as error:
             raise without_stack(error) from None
-        except RuntimeError as error:
-            if not str(error).startswith("DataLoader worker (pid"):
+        except (RuntimeError, ConnectionError, EOFError) as error:
+            known = str(error).startswith("DataLoader worker (pid")
+            if not self.workers or (isinstance(error, RuntimeError) and not known):
                 raise
-            raise _dead_loader(error) from None
+            dead = self.dataset.board.dead()
+            raise _dead_loader(error, dead) from None
 
     def _checked(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """The batches, with a word about long waits and a limit to what is skipped."""
@@ -255,13 +257,14 @@ def check_skipped(seen: int, skipped: Counter[str], limit: float) -> None:
         )
 
 
-def _dead_loader(error: RuntimeError) -> LoaderError:
+def _dead_loader(error: Exception, dead: list[int]) -> LoaderError:
     """The error about a loader process that ended without being asked to."""
-    what = str(error).partition(". ")[0].removeprefix("DataLoader worker ")
-    killed = " (often the system, for lack of memory)" if "illed" in what else ""
+    error.__traceback__ = None  # it would keep the other loader processes alive
+    killed = ": it was killed (often by the system, for lack of memory)"
     return LoaderError(
-        f"a loader process has died: {what}{killed}: use fewer data.workers or more memory; the run"
-        " goes on with the next sample with --resume auto"
+        f"a loader process has died (pid {', '.join(map(str, dead)) or 'unknown'})"
+        + (killed if "killed" in str(error) else "")
+        + ": use fewer data.workers or more memory; --resume auto goes on with the next sample"
     )
 
 

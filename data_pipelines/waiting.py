@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
+import multiprocessing
 import os
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import torch
 from torch.utils.data import get_worker_info
@@ -39,6 +40,18 @@ class Board:
         worker = get_worker_info()
         row = worker.id if worker is not None else 0
         self._rows[row] = torch.tensor([os.getpid(), sample, since])
+
+    def dead(self) -> list[int]:
+        """Ids of loader processes that are no more. They lose their connections first, so this
+        waits for a moment where all seem to be there."""
+        for _ in range(50):
+            with suppress(RuntimeError):  # torch raises it out of the signal that a child has died
+                alive = {child.pid for child in multiprocessing.active_children()}
+                dead = [pid for pid in self._rows[:, 0].tolist() if pid and pid not in alive]
+                if dead:
+                    return dead
+                time.sleep(0.1)
+        return []
 
     def describe(self, index: ShardIndex, waited: float) -> str:
         """One line about a wait of so many seconds."""
