@@ -9,7 +9,6 @@ import torch
 
 from data_pipelines.captions import label_of, member_of, read_field
 from data_pipelines.config import ClassificationConfig
-from data_pipelines.image_text import read_image
 from data_pipelines.shards import (
     FieldError,
     ShardError,
@@ -19,7 +18,7 @@ from data_pipelines.shards import (
     index_shards,
 )
 from data_pipelines.stream import SkipSample, Stream
-from data_pipelines.transforms import train_transform
+from data_pipelines.training_pictures import TrainingPictures, read_picture
 
 
 def read_lines(path: str | Path) -> list[str]:
@@ -54,7 +53,7 @@ class ClassificationLoader:
         index.require("picture", config.image_keys)
         index.require("label", [member_of(config.label_key)])
         self.reader, self.config, self.num_classes = ShardReader(index), config, num_classes
-        self.transform = train_transform(image_size, config.augmentation)
+        self.pictures = TrainingPictures(config, config.augmentation, image_size)
 
     def __call__(self, sample: int) -> dict[str, Any]:
         config, reader = self.config, self.reader
@@ -62,9 +61,9 @@ class ClassificationLoader:
             label = label_of(read_field(reader, sample, config.label_key), self.num_classes)
         except FieldError as error:
             raise SkipSample(str(error)) from error
-        image = read_image(reader, sample, config.image_keys, config.max_pixels)
+        data = read_picture(reader, sample, config.image_keys)
         return {
-            "image": self.transform(image),
+            "image": self.pictures(data),
             "label": torch.tensor(label),
             "key": str(reader.index.keys[sample]),
         }

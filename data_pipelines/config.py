@@ -3,22 +3,37 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 
 @dataclass
 class AugmentationConfig:
-    """Training-time changes to a picture; everything is off by default except the crop.
+    """Training-time changes to a picture: a recipe, what replaces parts of it, and what is added.
 
-    The defaults are CLIP's random resized crop. The Soft MoE recipe is `crop_scale: [0.05, 1.0]`
-    and `flip: 0.5` (inception crop, google-research/vmoe).
+    The recipes are `clip` (crops of 90 to 100 % of the area, no flip), `inception` (crops of 5 to
+    100 % and a flip with probability 0.5, how Soft MoE was pretrained) and `resize` (the whole
+    picture).
     """
 
-    crop_scale: tuple[float, float] = (0.9, 1.0)
+    recipe: Literal["clip", "inception", "resize"] = "clip"
+    """What crop_scale, crop_ratio, flip and interpolation are where they are null."""
+    crop_scale: tuple[float, float] | None = None
     """Smallest and largest share of the picture's area that a crop keeps; [1, 1] only resizes."""
-    crop_ratio: tuple[float, float] = (0.75, 1.3333)
+    crop_ratio: tuple[float, float] | None = None
     """Smallest and largest aspect ratio of the crop; without effect when crop_scale is [1, 1]."""
-    flip: float = 0.0
+    flip: float | None = None
     """Probability of a horizontal flip."""
+    interpolation: Literal["bicubic", "bilinear"] | None = None
+    """How a crop is resized, with antialias: bicubic, or bilinear in the inception recipe."""
+    policy: Literal["none", "rand_augment", "trivial_augment", "auto_augment"] = "none"
+    """One of torchvision's policies, after crop and flip: RandAugment, TrivialAugmentWide, or
+    AutoAugment's policy for ImageNet."""
+    policy_operations: int = 2
+    """Operations of rand_augment on each picture."""
+    policy_magnitude: int = 10
+    """Strength of rand_augment, 0 to 30."""
+    erase: float = 0.0
+    """Probability of erasing a rectangle (to black), after everything else."""
     rotate: float = 0.0
     """Largest rotation, degrees, in either direction."""
     translate: float = 0.0
@@ -58,6 +73,11 @@ class StreamConfig:
     """Loader processes for each training process; null chooses from the cores that are there."""
     max_pixels: int = 64_000_000
     """Pictures with more pixels are skipped and counted."""
+    exif_orientation: bool = False
+    """Turn photographs upright as their EXIF data say; open_clip and big_vision do not."""
+    scaled_decoding: bool = False
+    """Let JPEGs whose crop is at least twice the target come out of the decoder at a half, a
+    quarter or an eighth of their size: faster, and not quite the same pixels."""
 
 
 @dataclass

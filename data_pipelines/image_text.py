@@ -20,25 +20,13 @@ from data_pipelines.captions import (
     read_field,
 )
 from data_pipelines.config import AugmentationConfig, ImageTextConfig
-from data_pipelines.decode import DecodeError, decode_rgb
 from data_pipelines.shards import FieldError, ShardIndex, ShardReader, expand_shards, index_shards
 from data_pipelines.stream import SkipSample, Stream
-from data_pipelines.transforms import changes_at_random, train_transform
+from data_pipelines.training_pictures import TrainingPictures, read_picture
+from data_pipelines.transforms import RECIPES, changes_at_random, recipe_of
 
 Tokenize = Callable[[list[str]], Tensor]
 REMEMBERED_CAPTIONS = 65_536
-
-
-def read_image(reader: ShardReader, sample: int, image_keys: list[str], max_pixels: int) -> Tensor:
-    """Decode a sample's picture to uint8 (3, H, W), or raise SkipSample."""
-    for ext in image_keys:
-        try:
-            data = reader.read(sample, ext)
-            if data is not None:
-                return decode_rgb(data, max_pixels)
-        except (DecodeError, FieldError) as error:
-            raise SkipSample(str(error)) from error
-    raise SkipSample("no image member")
 
 
 class ImageTextLoader:
@@ -62,7 +50,7 @@ class ImageTextLoader:
             index.require("group", [member_of(config.group_key)])
         self.reader, self.config, self.tokenize = ShardReader(index), config, tokenize
         self.cached = dict(cached or {})
-        self.transform = train_transform(image_size, config.augmentation)
+        self.pictures = TrainingPictures(config, config.augmentation, image_size)
         self._tokens: dict[str, Tensor] = {}
 
     def __call__(self, sample: int) -> dict[str, Any]:
@@ -79,8 +67,7 @@ class ImageTextLoader:
 
     def picture(self, sample: int) -> Tensor:
         """The transformed picture, uint8 (3, S, S), or SkipSample."""
-        config = self.config
-        return self.transform(read_image(self.reader, sample, config.image_keys, config.max_pixels))
+        return self.pictures(read_picture(self.reader, sample, self.config.image_keys))
 
     def captions(self, sample: int) -> list[str]:
         """All captions, or FieldError."""
@@ -160,7 +147,7 @@ def refuse_augmentation(config: AugmentationConfig) -> None:
 
     The default crop passes, or every preset would have to turn it off.
     """
-    default = tuple(config.crop_scale) == AugmentationConfig().crop_scale
+    default = tuple(recipe_of(config).crop_scale) == RECIPES["clip"].crop_scale
     names = [name for name in changes_at_random(config) if name != "crop_scale" or not default]
     if names:
         raise ValueError(
