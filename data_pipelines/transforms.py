@@ -118,7 +118,7 @@ class TrainTransform(nn.Module):
         doubled = bool(affine) and image_size <= SMALL
         self.first_size = 2 * image_size if doubled else image_size
         self.crop_scale, self.crop_ratio = tuple(recipe.crop_scale), tuple(recipe.crop_ratio)
-        self.flip, self.interpolation = recipe.flip, InterpolationMode(recipe.interpolation)
+        self.flip, self.interpolation = recipe.flip, recipe.interpolation
         steps: list[nn.Module] = []
         if affine:
             steps.append(
@@ -131,7 +131,7 @@ class TrainTransform(nn.Module):
                 )
             )
         if doubled:
-            steps.append(v2.Resize((image_size, image_size), self.interpolation, antialias=True))
+            steps.append(Squash(image_size, self.interpolation))
         self.steps = nn.Sequential(*steps, *_colour_steps(config))
 
     def draw_box(self, height: int, width: int) -> Box:
@@ -166,8 +166,8 @@ class TrainTransform(nn.Module):
         """Transform a picture; `box` is the crop, drawn where it is missing."""
         if box is None:
             box = self.draw_box(*image.shape[-2:])
-        size = [self.first_size, self.first_size]
-        image = F.resize(crop(image, box), size, self.interpolation, antialias=True)
+        size = (self.first_size, self.first_size)
+        image = resize(crop(image, box), size, self.interpolation)
         if self.flip and torch.rand(()).item() < self.flip:
             image = image.flip(-1)
         return self.steps(image)
@@ -188,6 +188,31 @@ def crop(image: Tensor, box: Box) -> Tensor:
     top, left, height, width = box
     pixels = image.permute(1, 2, 0).numpy()[top : top + height, left : left + width]
     return torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)
+
+
+def resize(image: Tensor, size: tuple[int, int], interpolation: str) -> Tensor:
+    """Resize uint8 (3, H, W) to (3, *size) with antialias; the layout in memory stays.
+
+    What torchvision's `resize` does in the end, without what it looks at before that.
+    """
+    channels, height, width = image.shape
+    if (height, width) == size:
+        return image
+    # Of a batch of one, torch recognises the layout by its outermost stride.
+    strides = (channels * height * width, *image.stride())
+    batch = image.as_strided((1, channels, height, width), strides)
+    return nn.functional.interpolate(batch, size, mode=interpolation, antialias=True)[0]
+
+
+class Squash(nn.Module):
+    """Stretch to a square."""
+
+    def __init__(self, image_size: int, interpolation: str) -> None:
+        super().__init__()
+        self.size, self.interpolation = (image_size, image_size), interpolation
+
+    def forward(self, image: Tensor) -> Tensor:
+        return resize(image, self.size, self.interpolation)
 
 
 def _colour_steps(config: AugmentationConfig) -> list[nn.Module]:
@@ -283,15 +308,12 @@ def eval_transform(
     """
     if interpolation not in ("bicubic", "bilinear"):
         raise ValueError(f"interpolation '{interpolation}' is unknown: choose bicubic or bilinear")
-    options = {"interpolation": InterpolationMode(interpolation), "antialias": True}
     if resize_mode == "squash":
-        return v2.Resize((image_size, image_size), **options)
+        return Squash(image_size, interpolation)
     if resize_mode == "shortest":
-        return nn.Sequential(
-            _TrimEnds(), v2.Resize(image_size, **options), v2.CenterCrop(image_size)
-        )
+        return _ResizeAndCrop(image_size, interpolation)
     if resize_mode == "longest":
-        return _ResizeAndPad(image_size, InterpolationMode(interpolation))
+        return _ResizeAndPad(image_size, interpolation)
     if resize_mode == "big_vision":
         return _PlainBilinear(image_size)
     if resize_mode == "big_vision_crop":
@@ -302,34 +324,42 @@ def eval_transform(
     )
 
 
-class _TrimEnds(nn.Module):
-    """Cut the ends off pictures that are over 16 times as long as wide.
+class _ResizeAndCrop(nn.Module):
+    """Scale the shorter side to `size` and crop the centre.
 
-    Scaling the shorter side of a picture of 1 x 10000 pixels would otherwise fill the memory with
-    what the centre crop drops.
+    The ends are cut off first where a picture is over 16 times as long as wide: scaling one of
+    1 x 10000 pixels whole would fill the memory with what the crop drops.
     """
 
+    def __init__(self, size: int, interpolation: str) -> None:
+        super().__init__()
+        self.size, self.interpolation = size, interpolation
+
     def forward(self, image: Tensor) -> Tensor:
-        height, width = image.shape[-2:]
-        longest = 16 * min(height, width)
-        if max(height, width) <= longest:
-            return image
-        return F.center_crop(image, [min(height, longest), min(width, longest)])
+        size, (height, width) = self.size, image.shape[-2:]
+        shortest = min(height, width)
+        if max(height, width) > 16 * shortest:
+            height, width = min(height, 16 * shortest), min(width, 16 * shortest)
+            image = F.center_crop(image, [height, width])
+        sides = (int(size * height / shortest), int(size * width / shortest))
+        image = resize(image, sides, self.interpolation)
+        top, left = (round((side - size) / 2) for side in sides)
+        return image[:, top : top + size, left : left + size]
 
 
 class _ResizeAndPad(nn.Module):
     """Scale the longer side to `size` and pad the shorter one with black on both sides."""
 
-    def __init__(self, size: int, interpolation: InterpolationMode) -> None:
+    def __init__(self, size: int, interpolation: str) -> None:
         super().__init__()
         self.size, self.interpolation = size, interpolation
 
     def forward(self, image: Tensor) -> Tensor:
         longest = max(image.shape[-2:])
-        sides = [max(1, round(side * self.size / longest)) for side in image.shape[-2:]]
-        image = F.resize(image, sides, self.interpolation, antialias=True)
-        top, left = ((self.size - side) // 2 for side in sides)
-        bottom, right = self.size - sides[0] - top, self.size - sides[1] - left
+        height, width = (max(1, round(side * self.size / longest)) for side in image.shape[-2:])
+        image = resize(image, (height, width), self.interpolation)
+        top, left = (self.size - height) // 2, (self.size - width) // 2
+        bottom, right = self.size - height - top, self.size - width - left
         return F.pad(image, [left, top, right, bottom])
 
 
