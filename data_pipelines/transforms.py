@@ -132,7 +132,8 @@ class TrainTransform(nn.Module):
             )
         if doubled:
             steps.append(Squash(image_size, self.interpolation))
-        self.steps = nn.Sequential(*steps, *_colour_steps(config))
+        steps += _colour_steps(config)
+        self.steps = nn.Sequential(*steps) if steps else None
 
     def draw_box(self, height: int, width: int) -> Box:
         """Where to crop a picture of this size: torchvision's RandomResizedCrop rule.
@@ -166,11 +167,10 @@ class TrainTransform(nn.Module):
         """Transform a picture; `box` is the crop, drawn where it is missing."""
         if box is None:
             box = self.draw_box(*image.shape[-2:])
-        size = (self.first_size, self.first_size)
-        image = resize(crop(image, box), size, self.interpolation)
+        image = resize(image, (self.first_size, self.first_size), self.interpolation, box)
         if self.flip and torch.rand(()).item() < self.flip:
             image = image.flip(-1)
-        return self.steps(image)
+        return image if self.steps is None else self.steps(image)
 
 
 def train_transform(image_size: int, config: AugmentationConfig) -> TrainTransform:
@@ -178,29 +178,24 @@ def train_transform(image_size: int, config: AugmentationConfig) -> TrainTransfo
     return TrainTransform(image_size, config)
 
 
-def crop(image: Tensor, box: Box) -> Tensor:
-    """The pixels (3, h, w) of a box, packed, with the channels side by side as before.
+def resize(
+    image: Tensor, size: tuple[int, int], interpolation: str, box: Box | None = None
+) -> Tensor:
+    """Resize uint8 (3, H, W), or a box of it, to (3, *size), with antialias.
 
-    A view would do as well, but resizing one takes half as long again.
-    """
-    if box[2:] == image.shape[-2:]:
-        return image
-    top, left, height, width = box
-    pixels = image.permute(1, 2, 0).numpy()[top : top + height, left : left + width]
-    return torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)
-
-
-def resize(image: Tensor, size: tuple[int, int], interpolation: str) -> Tensor:
-    """Resize uint8 (3, H, W) to (3, *size) with antialias; the layout in memory stays.
-
-    What torchvision's `resize` does in the end, without what it looks at before that.
+    What torchvision's `resize` and `resized_crop` do in the end, without what they look at before
+    and without a copy of the picture in another layout.
     """
     channels, height, width = image.shape
-    if (height, width) == size:
-        return image
+    offset, strides = image.storage_offset(), image.stride()
+    if box is not None:
+        top, left, height, width = box
+        offset += top * strides[1] + left * strides[2]
     # Of a batch of one, torch recognises the layout by its outermost stride.
-    strides = (channels * height * width, *image.stride())
-    batch = image.as_strided((1, channels, height, width), strides)
+    shape = (1, channels, height, width)
+    batch = image.as_strided(shape, (channels * height * width, *strides), offset)
+    if (height, width) == size:
+        return batch[0]
     return nn.functional.interpolate(batch, size, mode=interpolation, antialias=True)[0]
 
 
