@@ -100,10 +100,30 @@ class ImageTextConfig(StreamConfig):
 
 @dataclass
 class ClassificationConfig(StreamConfig):
-    """A stream of pictures with one integer label."""
+    """A stream of labelled pictures, from one of three sources: shards, dataset or folder."""
 
     label_key: str = "cls"
-    """Member that holds the label, or `json:field` for a field of the json member."""
+    """Member that holds the label, or `json:field` for a field of the json member; a member `npy`
+    holds a vector."""
+    labels: Literal["single", "vector", "indices"] = "single"
+    """A label is one number, a vector of a number for each class (several may be 1), or a list of
+    the classes that apply; the latter two train with soft or several labels."""
+    dataset: str = ""
+    """A dataset of Hugging Face: a name on the hub, `.parquet` or `.arrow` files (with `*`), or a
+    folder of such files, of pictures, or written by `save_to_disk`."""
+    dataset_name: str | None = None
+    """Which configuration of the dataset, where it has several."""
+    split: str = "train"
+    """Which split of the dataset."""
+    image_column: str = "image"
+    label_column: str = "label"
+    streaming: bool = False
+    """Read the dataset while it is downloaded, in place of downloading it first."""
+    samples: int | None = None
+    """Rows of a dataset that is streamed, where it does not tell."""
+    folder: str = ""
+    """A folder with one folder of pictures for each class."""
     classnames: str = ""
-    """File with one class name per line; its length is the number of classes."""
+    """File with one class name per line; its length is the number of classes. Empty takes the names
+    that the dataset or the folders carry."""
     augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)

@@ -1,4 +1,4 @@
-"""Pretrain an image encoder on classification shards.
+"""Pretrain an image encoder on labelled pictures: shards, a Hugging Face dataset or a folder.
 
 python -m scripts.pretrain --config configs/demo_pretrain.yaml
 accelerate launch --num_processes 8 -m scripts.pretrain --config FILE --a.b value
@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def train(config: PretrainRun) -> None:
     from classification.objective import ClassificationObjective, build_classifier
-    from data_pipelines.classification import classification_stream, read_lines
+    from data_pipelines.classification import class_names, classification_stream, open_source
     from eval.classification import ClassificationEvaluator
     from scripts.launch import Launch
 
@@ -53,7 +53,8 @@ def train(config: PretrainRun) -> None:
             f"mixup and cutmix exchange pairs: train.batch_size {config.train.batch_size} over"
             f" {parts} parts must be even"
         )
-    classes = read_lines(config.data.classnames)
+    source = open_source(config.data)
+    classes = class_names(config.data, source)
     launch.seed_models()
     model = build_classifier(config.model, len(classes))
     settings = model.pretrained_cfg
@@ -62,9 +63,10 @@ def train(config: PretrainRun) -> None:
         config.data,
         image_size=image_size,
         num_classes=len(classes),
+        source=source,
         **launch.stream_options(config.data.workers),
     )
-    objective = ClassificationObjective(model, config.model, len(classes))
+    objective = ClassificationObjective(model, config.model, len(classes), classes)
     evaluators = [
         ClassificationEvaluator(
             item, image_size, len(classes), tuple(settings["mean"]), tuple(settings["std"])
