@@ -192,8 +192,9 @@ def resize(
         top, left, height, width = box
         offset += top * strides[1] + left * strides[2]
     # Of a batch of one, torch recognises the layout by its outermost stride.
-    shape = (1, channels, height, width)
-    batch = image.as_strided(shape, (channels * height * width, *strides), offset)
+    shape = (channels, height, width)
+    outermost = max(stride * side for stride, side in zip(strides, shape, strict=True))
+    batch = image.as_strided((1, *shape), (outermost, *strides), offset)
     if (height, width) == size:
         return batch[0]
     return nn.functional.interpolate(batch, size, mode=interpolation, antialias=True)[0]
@@ -312,7 +313,7 @@ def eval_transform(
     if resize_mode == "big_vision":
         return _PlainBilinear(image_size)
     if resize_mode == "big_vision_crop":
-        return nn.Sequential(_PlainBilinear(round(image_size / 0.875)), v2.CenterCrop(image_size))
+        return _PlainBilinear(round(image_size / 0.875), image_size)
     raise ValueError(
         f"resize_mode '{resize_mode}' is not supported: choose squash or shortest"
         " (or longest, big_vision, big_vision_crop) as resize_mode of the evaluation set"
@@ -359,12 +360,16 @@ class _ResizeAndPad(nn.Module):
 
 
 class _PlainBilinear(nn.Module):
-    """Stretch to a square as TensorFlow's `resize` does by default, and cut fractions off."""
+    """Stretch to a square as TensorFlow's `resize` does by default, cut fractions off, and crop the
+    centre."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, crop_size: int | None = None) -> None:
         super().__init__()
-        self.size = [size, size]
+        self.size, self.crop_size = size, crop_size or size
 
     def forward(self, image: Tensor) -> Tensor:
-        resized = nn.functional.interpolate(image[None].float(), self.size, mode="bilinear")
-        return resized[0].to(torch.uint8)
+        size, crop_size = (self.size, self.size), self.crop_size
+        resized = nn.functional.interpolate(image[None].float(), size, mode="bilinear")[0]
+        first = (self.size - crop_size) // 2
+        end = first + crop_size
+        return resized[:, first:end, first:end].to(torch.uint8)
