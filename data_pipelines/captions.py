@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import math
 import re
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -96,16 +98,53 @@ def read_captions(reader: ShardReader, sample: int, key: str) -> list[str]:
     Raises:
         FieldError: none of the fields has one; it says why the first has not.
     """
-    captions: list[str] = []
+    return [entry for field in captions_by_field(reader, sample, key) for entry in field]
+
+
+def captions_by_field(reader: ShardReader, sample: int, key: str) -> list[list[str]]:
+    """The captions of each field that `key` joins by `::`; empty where a field has none.
+
+    Raises:
+        FieldError: none of the fields has one; it says why the first has not.
+    """
+    captions: list[list[str]] = []
     problems: list[FieldError] = []
     for part in key.split(JOINT):
         try:
-            captions += captions_of(read_field(reader, sample, part))
+            captions.append(captions_of(read_field(reader, sample, part)))
         except FieldError as error:
+            captions.append([])
             problems.append(error)
-    if not captions:
+    if not any(captions):
         raise problems[0]
     return captions
+
+
+def check_weights(weights: Sequence[float], key: str) -> None:
+    """Raise ValueError unless there is a weight above 0 for each field of a caption key."""
+    fields = key.split(JOINT)
+    if len(weights) != len(fields):
+        raise ValueError(
+            f"data.caption_weights has {len(weights)} entries, but data.caption_key '{key}' has"
+            f" {len(fields)} fields: give one weight for each"
+        )
+    if not all(0 < weight < math.inf for weight in weights):
+        raise ValueError(
+            f"data.caption_weights {list(weights)}: choose numbers above 0, and leave fields that"
+            " should not be drawn out of data.caption_key"
+        )
+
+
+def draw_weighted(fields: list[list[str]], weights: Sequence[float]) -> str:
+    """A field that has captions, with probability in proportion to its weight, and one of its
+    captions; from torch's default generator, and with no randomness where there is no choice."""
+    present = [(field, weight) for field, weight in zip(fields, weights, strict=True) if field]
+    if len(present) == 1:
+        return draw_caption(present[0][0])
+    ends = torch.tensor([weight for _, weight in present], dtype=torch.float64).cumsum(0)
+    place = torch.rand((), dtype=torch.float64) * ends[-1]
+    number = min(int(torch.searchsorted(ends, place, right=True)), len(present) - 1)
+    return draw_caption(present[number][0])
 
 
 def draw_number(count: int) -> int:

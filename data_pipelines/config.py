@@ -87,6 +87,9 @@ class ImageTextConfig(StreamConfig):
     caption_key: str = "txt"
     """Member with one caption per line, or `json:field` for a field of the json member; several
     joined by `::` are pooled, and one named twice counts twice."""
+    caption_weights: list[float] = field(default_factory=list)
+    """One for each field of caption_key: how often its captions are drawn, whatever their number.
+    Empty draws from all captions alike."""
     group_key: str | None = None
     """`json:field` (or an extension) whose equal values mark pairs that show the same thing, so
     that the losses do not treat them as negatives of each other; null leaves this off."""

@@ -11,8 +11,11 @@ from torch import Tensor
 
 from data_pipelines.cached_embeddings import CachedEmbeddings, Side
 from data_pipelines.captions import (
+    captions_by_field,
+    check_weights,
     draw_caption,
     draw_number,
+    draw_weighted,
     group_of,
     member_of,
     members_of,
@@ -46,6 +49,13 @@ class ImageTextLoader:
     ) -> None:
         index.require("picture", config.image_keys)
         index.require("caption", members_of(config.caption_key))
+        if config.caption_weights:
+            check_weights(config.caption_weights, config.caption_key)
+            if "text" in (cached or {}):
+                raise ValueError(
+                    "cached text embeddings do not know their fields: leave data.caption_weights"
+                    " empty, or do without data.cached_text"
+                )
         if config.group_key is not None:
             index.require("group", [member_of(config.group_key)])
         self.reader, self.config, self.tokenize = ShardReader(index), config, tokenize
@@ -81,9 +91,15 @@ class ImageTextLoader:
 
     def _text(self, sample: int) -> dict[str, Tensor]:
         if "text" not in self.cached:
-            return {"text": self._tokenize(draw_caption(self.captions(sample)))}
+            return {"text": self._tokenize(self._draw_caption(sample))}
         cached = self.cached["text"]
         return {"text_embedding": cached.row(sample, draw_number(cached.count(sample)))}
+
+    def _draw_caption(self, sample: int) -> str:
+        weights, key = self.config.caption_weights, self.config.caption_key
+        if not weights:
+            return draw_caption(self.captions(sample))
+        return draw_weighted(captions_by_field(self.reader, sample, key), weights)
 
     def _tokenize(self, caption: str) -> Tensor:
         """Tokens (L,) of a caption; small sets repeat theirs, and a byte-pair tokenizer takes as
