@@ -10,6 +10,7 @@ from torch import Tensor
 
 from data_pipelines.captions import class_indices_of, label_of, member_of, read_field, vector_of
 from data_pipelines.config import ClassificationConfig
+from data_pipelines.gpu_decode import GpuPictures
 from data_pipelines.image_folder import ImageFolder
 from data_pipelines.sample_index import SampleIndex
 from data_pipelines.shards import (
@@ -145,7 +146,8 @@ class ClassificationLoader:
     ) -> None:
         self.source, self.num_classes = source, num_classes
         self.labels = config.labels
-        self.pictures = TrainingPictures(config, config.augmentation, image_size)
+        kind = GpuPictures if config.gpu_decoding else TrainingPictures
+        self.pictures = kind(config, config.augmentation, image_size)
 
     def __call__(self, sample: int) -> dict[str, Any]:
         try:
@@ -184,9 +186,11 @@ def classification_stream(
         ShardError: missing, empty or unsuitable data, or fewer samples than a batch.
     """
     source = open_source(config) if source is None else source
+    loader = ClassificationLoader(source, config, image_size, num_classes)
+    pictures = loader.pictures
     return Stream(
         source.index if isinstance(source, Shards) else source,
-        ClassificationLoader(source, config, image_size, num_classes),
+        loader,
         seed=seed,
         shuffle=config.shuffle,
         window=config.shuffle_window,
@@ -194,4 +198,5 @@ def classification_stream(
         rank=rank,
         world=world,
         workers=workers,
+        finish=pictures.finish if isinstance(pictures, GpuPictures) else None,
     )

@@ -78,6 +78,8 @@ class StreamConfig:
     scaled_decoding: bool = False
     """Let JPEGs whose crop is at least twice the target come out of the decoder at a half, a
     quarter or an eighth of their size: faster, and not quite the same pixels."""
+    gpu_decoding: bool = False
+    """Decode the JPEGs of each batch on the GPU, with nvJPEG; crops and flips only."""
 
 
 @dataclass

@@ -111,6 +111,11 @@ class Picture:
         kind = (image.format, image.mode)
         return kind in _TORCHVISION and not getattr(image, "is_animated", False)
 
+    @property
+    def plain_jpeg(self) -> bool:
+        """Whether it is a JPEG in grey or RGB that is to be decoded as it lies."""
+        return self._image is None
+
     def decode(self, shrink: int = 1) -> Tensor:
         """uint8 (3, H, W), RGB, whose channels lie side by side in memory (H, W, 3).
 

@@ -23,6 +23,7 @@ from data_pipelines.captions import (
     read_field,
 )
 from data_pipelines.config import AugmentationConfig, ImageTextConfig
+from data_pipelines.gpu_decode import GpuPictures
 from data_pipelines.shards import FieldError, ShardIndex, ShardReader, expand_shards, index_shards
 from data_pipelines.stream import SkipSample, Stream
 from data_pipelines.training_pictures import TrainingPictures, read_picture
@@ -60,7 +61,10 @@ class ImageTextLoader:
             index.require("group", [member_of(config.group_key)])
         self.reader, self.config, self.tokenize = ShardReader(index), config, tokenize
         self.cached = dict(cached or {})
-        self.pictures = TrainingPictures(config, config.augmentation, image_size)
+        self.decoded = TrainingPictures(config, config.augmentation, image_size)
+        self.pictures: TrainingPictures | GpuPictures = self.decoded
+        if config.gpu_decoding and "image" not in self.cached:
+            self.pictures = GpuPictures(config, config.augmentation, image_size)
         self._tokens: dict[str, Tensor] = {}
 
     def __call__(self, sample: int) -> dict[str, Any]:
@@ -77,15 +81,16 @@ class ImageTextLoader:
 
     def picture(self, sample: int) -> Tensor:
         """The transformed picture, uint8 (3, S, S), or SkipSample."""
-        return self.pictures(read_picture(self.reader, sample, self.config.image_keys))
+        return self.decoded(read_picture(self.reader, sample, self.config.image_keys))
 
     def captions(self, sample: int) -> list[str]:
         """All captions, or FieldError."""
         return read_captions(self.reader, sample, self.config.caption_key)
 
-    def _image(self, sample: int) -> dict[str, Tensor]:
+    def _image(self, sample: int) -> dict[str, Any]:
         if "image" not in self.cached:
-            return {"image": self.picture(sample)}
+            data = read_picture(self.reader, sample, self.config.image_keys)
+            return {"image": self.pictures(data)}
         self.cached["image"].count(sample)
         return {"image_embedding": self.cached["image"].row(sample)}
 
@@ -134,9 +139,11 @@ def image_text_stream(
         refuse_augmentation(config.augmentation)
     index = index_shards(expand_shards(config.shards))
     cached = open_caches(config, index)
+    loader = ImageTextLoader(index, config, image_size, tokenize, cached)
+    pictures = loader.pictures
     return Stream(
         index,
-        ImageTextLoader(index, config, image_size, tokenize, cached),
+        loader,
         seed=seed,
         shuffle=config.shuffle,
         window=config.shuffle_window,
@@ -145,6 +152,7 @@ def image_text_stream(
         world=world,
         workers=workers,
         cached=cached,
+        finish=pictures.finish if isinstance(pictures, GpuPictures) else None,
     )
 
 

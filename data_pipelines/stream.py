@@ -160,6 +160,7 @@ class Stream:
         rank, world: this process and how many there are.
         workers: loader processes; 0 decodes in the training process.
         cached: embeddings that are streamed in place of what a tower would read, by side.
+        finish: what this process does with each batch before it is handed out.
 
     Raises:
         ShardError: the batch is larger than the data set.
@@ -179,6 +180,7 @@ class Stream:
         world: int,
         workers: int,
         cached: Mapping[Side, CachedEmbeddings] | None = None,
+        finish: Callable[[Batch], Batch] | None = None,
     ) -> None:
         if global_batch % world:
             raise ValueError(
@@ -192,7 +194,7 @@ class Stream:
             )
         self.index, self.global_batch = index, global_batch
         self.rank, self.world, self.workers = rank, world, workers
-        self.cached = dict(cached or {})
+        self.cached, self.finish = dict(cached or {}), finish
         self.dataset = StreamDataset(SampleOrder(index.sizes, seed, shuffle, window), load, seed)
 
     def __len__(self) -> int:
@@ -229,7 +231,7 @@ class Stream:
             generator=torch.Generator(),
         )
         try:
-            yield from loader
+            yield from loader if self.finish is None else map(self.finish, loader)
         except ShardError as error:
             raise without_stack(error) from None
 
