@@ -57,6 +57,7 @@ class Table:
         self.classes = list(label.names) if isinstance(label, ClassLabel) else None
         self.image_column, self.label_column = config.image_column, config.label_column
         self.rows: Any = rows
+        self._last: tuple[int, dict[str, Any]] = (-1, {})
         if isinstance(rows, Dataset):
             self._length = len(rows)
             self._fingerprint = self._hash_rows(rows)
@@ -70,8 +71,8 @@ class Table:
 
     def _hash_rows(self, rows: Dataset) -> str:
         digest = hashlib.sha256(f"{len(rows)}".encode())
-        for label in rows.with_format("arrow")[self.label_column]:
-            digest.update(f"{label.as_py()},".encode())
+        labels: Any = rows.select_columns([self.label_column]).with_format("arrow")[:]
+        digest.update(repr(labels[self.label_column].to_pylist()).encode())
         for row in range(0, len(rows), -(-len(rows) // _FINGERPRINTED)):
             image = rows[row][self.image_column]
             data = image.get("bytes") if isinstance(image, dict) else image
@@ -95,7 +96,7 @@ class Table:
 
     def label(self, sample: int) -> object:
         """What the label column holds."""
-        value = self.rows[sample][self.label_column]
+        value = self._row(sample)[self.label_column]
         if value is None:
             raise FieldError("no label")
         return value
@@ -106,7 +107,7 @@ class Table:
 
     def picture(self, sample: int) -> bytes:
         """The encoded picture, or SkipSample."""
-        value = self.rows[sample][self.image_column]
+        value = self._row(sample)[self.image_column]
         data = value.get("bytes") if isinstance(value, dict) else value
         if data is None and isinstance(value, dict) and value.get("path"):
             return read_file(value["path"])
@@ -115,6 +116,12 @@ class Table:
         if len(data) > MAX_MEMBER_BYTES:
             raise SkipSample(f"image over {MAX_MEMBER_BYTES} bytes")
         return data
+
+    def _row(self, sample: int) -> dict[str, Any]:
+        """A row; the last one is kept, for its label and its picture are asked for one by one."""
+        if self._last[0] != sample:
+            self._last = sample, self.rows[sample]
+        return self._last[1]
 
 
 class StreamedRows:

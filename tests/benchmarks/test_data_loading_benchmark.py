@@ -50,7 +50,7 @@ def test_the_sets_are_what_they_are_called(photos: Path) -> None:
     for data in sets["512 px"]:
         assert max(Image.open(io.BytesIO(data)).size) == 512
     assert Image.open(io.BytesIO(sets["1-4 MP progressive"][0])).size == (1000, 1100)
-    with pytest.raises(ValueError, match="no .jpg files"):
+    with pytest.raises(ValueError, match=r"no \.jpg files"):
         photo_sets(photos.parent)
 
 
