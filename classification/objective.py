@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -50,13 +51,21 @@ class ClassificationObjective(Objective):
 
     The loss includes the auxiliary losses of the model's routed layers, in training.
     Batches hold `image` uint8 (B, 3, H, W) and `label` int64 (B,) or float (B, C).
+    `class_names`, in label order, are saved beside the weights.
 
     Raises:
         ValueError: smoothing or mixup settings out of range.
     """
 
-    def __init__(self, model: Any, config: ClassifierConfig, num_classes: int) -> None:
+    def __init__(
+        self,
+        model: Any,
+        config: ClassifierConfig,
+        num_classes: int,
+        class_names: Sequence[str] | None = None,
+    ) -> None:
         super().__init__()
+        self.class_names = class_names
         self.model, self.config, self.num_classes = model, config, num_classes
         self._routed_layers = routed_layers(model)
         self._temperatures = changing_temperatures(model)
@@ -95,12 +104,14 @@ class ClassificationObjective(Objective):
     def config_files(self) -> dict[str, dict[str, Any]]:
         """timm's `config.json`, so that `timm.create_model("local-dir:<checkpoint>")` works."""
         settings = self.model.pretrained_cfg
+        names = {} if self.class_names is None else {"label_names": list(self.class_names)}
         return {
             "config.json": {
                 "architecture": self.config.name,
                 "num_classes": self.num_classes,
                 "num_features": self.model.num_features,
                 "model_args": self.config.arguments,
+                **names,
                 "pretrained_cfg": {name: settings[name] for name in SETTINGS if name in settings}
                 | {"num_classes": self.num_classes},
             }

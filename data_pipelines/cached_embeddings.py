@@ -74,10 +74,13 @@ def source_fingerprint(config: ImageTextConfig, side: Side) -> Fingerprint:
     """What the embeddings depend on in the settings of a stream."""
     if side == "text":
         return {"format": FORMAT, "caption_key": config.caption_key}
+    # Only where they are on, so that files from before these settings stay good.
+    decoding = [name for name in ("exif_orientation", "scaled_decoding") if getattr(config, name)]
     return {
         "format": FORMAT,
         "image_keys": ", ".join(config.image_keys),
         "max_pixels": str(config.max_pixels),
+        **dict.fromkeys(decoding, "true"),
     }
 
 

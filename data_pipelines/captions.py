@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
+import math
 import re
+from collections.abc import Sequence
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from data_pipelines.shards import FieldError, ShardReader
 
@@ -35,7 +40,8 @@ def read_field(reader: ShardReader, sample: int, key: str) -> object:
 
 
 def parse_field(key: str, data: bytes | None) -> object:
-    """Text of a member, or one field of a JSON member for keys such as 'json:caption'.
+    """Text of a member, one field of a JSON member for keys such as 'json:caption', or the array
+    of an `npy` member.
 
     Halves of surrogate pairs, which JSON can escape alone but no encoder takes, become U+FFFD.
 
@@ -45,6 +51,8 @@ def parse_field(key: str, data: bytes | None) -> object:
     member, _, field = key.partition(":")
     if data is None:
         raise FieldError(f"no {member} member")
+    if member == "npy":
+        return _array(data)
     text = data.decode("utf-8-sig", errors="replace")
     if not field:
         return text
@@ -56,6 +64,13 @@ def parse_field(key: str, data: bytes | None) -> object:
         raise FieldError(f"no field '{field}' in {member}")
     value = record[field]
     return [_encodable(entry) for entry in value] if isinstance(value, list) else _encodable(value)
+
+
+def _array(data: bytes) -> np.ndarray:
+    try:
+        return np.load(io.BytesIO(data), allow_pickle=False)
+    except Exception as error:  # numpy raises nearly anything on broken files
+        raise FieldError("broken npy member") from error
 
 
 def _encodable(value: object) -> object:
@@ -83,16 +98,53 @@ def read_captions(reader: ShardReader, sample: int, key: str) -> list[str]:
     Raises:
         FieldError: none of the fields has one; it says why the first has not.
     """
-    captions: list[str] = []
+    return [entry for field in captions_by_field(reader, sample, key) for entry in field]
+
+
+def captions_by_field(reader: ShardReader, sample: int, key: str) -> list[list[str]]:
+    """The captions of each field that `key` joins by `::`; empty where a field has none.
+
+    Raises:
+        FieldError: none of the fields has one; it says why the first has not.
+    """
+    captions: list[list[str]] = []
     problems: list[FieldError] = []
     for part in key.split(JOINT):
         try:
-            captions += captions_of(read_field(reader, sample, part))
+            captions.append(captions_of(read_field(reader, sample, part)))
         except FieldError as error:
+            captions.append([])
             problems.append(error)
-    if not captions:
+    if not any(captions):
         raise problems[0]
     return captions
+
+
+def check_weights(weights: Sequence[float], key: str) -> None:
+    """Raise ValueError unless there is a weight above 0 for each field of a caption key."""
+    fields = key.split(JOINT)
+    if len(weights) != len(fields):
+        raise ValueError(
+            f"data.caption_weights has {len(weights)} entries, but data.caption_key '{key}' has"
+            f" {len(fields)} fields: give one weight for each"
+        )
+    if not all(0 < weight < math.inf for weight in weights):
+        raise ValueError(
+            f"data.caption_weights {list(weights)}: choose numbers above 0, and leave fields that"
+            " should not be drawn out of data.caption_key"
+        )
+
+
+def draw_weighted(fields: list[list[str]], weights: Sequence[float]) -> str:
+    """A field that has captions, with probability in proportion to its weight, and one of its
+    captions; from torch's default generator, and with no randomness where there is no choice."""
+    present = [(field, weight) for field, weight in zip(fields, weights, strict=True) if field]
+    if len(present) == 1:
+        return draw_caption(present[0][0])
+    ends = torch.tensor([weight for _, weight in present], dtype=torch.float64).cumsum(0)
+    place = torch.rand((), dtype=torch.float64) * ends[-1]
+    number = min(int(torch.searchsorted(ends, place, right=True)), len(present) - 1)
+    return draw_caption(present[number][0])
 
 
 def draw_number(count: int) -> int:
@@ -127,6 +179,45 @@ def label_of(value: object, num_classes: int) -> int:
     if not 0 <= label < num_classes:
         raise FieldError(f"label outside 0..{num_classes - 1}")
     return label
+
+
+def vector_of(value: object, num_classes: int) -> Tensor:
+    """A number in [0, 1] for each class, float32 (num_classes,): several may be 1, or shares.
+
+    Takes lists, arrays, and text of numbers with spaces or commas between them.
+
+    Raises:
+        FieldError: something else, another length, or a number out of range.
+    """
+    if isinstance(value, str):
+        value = value.replace(",", " ").split()
+    try:
+        vector = torch.from_numpy(np.asarray(value, np.float32).reshape(-1).copy())
+    except (TypeError, ValueError) as error:
+        raise FieldError("label is no vector of numbers") from error
+    if len(vector) != num_classes:
+        raise FieldError(f"label of other than {num_classes} numbers")
+    if not ((vector >= 0) & (vector <= 1)).all():  # NaN is neither
+        raise FieldError("label with a number outside 0..1")
+    return vector
+
+
+def class_indices_of(value: object, num_classes: int) -> Tensor:
+    """The classes that a list names, as ones in a float32 (num_classes,).
+
+    Takes lists, and text of integers with spaces or commas between them; an empty list is none.
+
+    Raises:
+        FieldError: something else, or a class out of range.
+    """
+    if isinstance(value, str):
+        value = value.replace(",", " ").split()
+    if not isinstance(value, list):
+        raise FieldError("label is no list")
+    vector = torch.zeros(num_classes)
+    for entry in value:
+        vector[label_of(entry, num_classes)] = 1
+    return vector
 
 
 def group_of(value: object) -> int:

@@ -1,24 +1,26 @@
-"""Pictures with one integer label, from webdataset shards: the classification stream."""
+"""Labelled pictures, from webdataset shards, tables or folders: the classification stream."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
-from data_pipelines.captions import label_of, member_of, read_field
+from data_pipelines.captions import class_indices_of, label_of, member_of, read_field, vector_of
 from data_pipelines.config import ClassificationConfig
-from data_pipelines.image_text import read_image
+from data_pipelines.gpu_decode import GpuPictures
+from data_pipelines.image_folder import ImageFolder
+from data_pipelines.sample_index import SampleIndex
 from data_pipelines.shards import (
     FieldError,
     ShardError,
-    ShardIndex,
     ShardReader,
     open_shards,
 )
 from data_pipelines.stream import SkipSample, Stream
-from data_pipelines.transforms import train_transform
+from data_pipelines.training_pictures import TrainingPictures, read_picture
 
 
 def read_lines(path: str | Path) -> list[str]:
@@ -44,29 +46,126 @@ def read_lines(path: str | Path) -> list[str]:
     return lines
 
 
-class ClassificationLoader:
-    """Loads one sample as {image uint8 (3, S, S), label int64 (), key}."""
+class Source(SampleIndex, Protocol):
+    """Labelled pictures by number; `classes` are the names that the source itself carries."""
 
-    def __init__(
-        self, index: ShardIndex, config: ClassificationConfig, image_size: int, num_classes: int
-    ) -> None:
+    classes: list[str] | None
+
+    def label(self, sample: int) -> object:
+        """What is stored as the label, or FieldError."""
+        ...
+
+    def key(self, sample: int) -> str:
+        """What the sample is called in logs."""
+        ...
+
+    def picture(self, sample: int) -> bytes:
+        """The encoded picture, or SkipSample."""
+        ...
+
+
+class Shards:
+    """Labelled pictures in webdataset shards."""
+
+    classes: list[str] | None = None
+
+    def __init__(self, config: ClassificationConfig) -> None:
+        index = open_shards(config)
         index.require("picture", config.image_keys)
         index.require("label", [member_of(config.label_key)])
-        self.reader, self.config, self.num_classes = ShardReader(index), config, num_classes
-        self.transform = train_transform(image_size, config.augmentation)
+        self.reader, self.index = ShardReader(index), index
+        self.image_keys, self.label_key = config.image_keys, config.label_key
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def label(self, sample: int) -> object:
+        return read_field(self.reader, sample, self.label_key)
+
+    def key(self, sample: int) -> str:
+        return str(self.index.keys[sample])
+
+    def picture(self, sample: int) -> bytes:
+        return read_picture(self.reader, sample, self.image_keys)
+
+
+def open_source(config: ClassificationConfig) -> Source | Shards:
+    """The one of `shards`, `dataset` and `folder` that the settings name.
+
+    Raises:
+        ShardError: none or several of them are set, or the source cannot be used.
+    """
+    names = [name for name in ("shards", "dataset", "folder") if getattr(config, name)]
+    if len(names) > 1:
+        raise ShardError(f"data.{names[0]} and data.{names[1]} are both set: choose one source")
+    if config.dataset:
+        # Here, because the import takes a second that no other source needs.
+        from data_pipelines.tables import Table
+
+        return Table(config)
+    if config.folder:
+        return ImageFolder(
+            config.folder, read_lines(config.classnames) if config.classnames else None
+        )
+    return Shards(config)
+
+
+def class_names(config: ClassificationConfig, source: Source | Shards) -> list[str]:
+    """The names of the classes, in label order: of `classnames`, or those the source carries.
+
+    Raises:
+        ShardError: there are none, or the file and the source count differently.
+    """
+    if not config.classnames and source.classes is None:
+        raise ShardError(
+            "the number of classes is not known: set data.classnames to a file with one class name"
+            " per line"
+        )
+    names = read_lines(config.classnames) if config.classnames else source.classes or []
+    if source.classes is not None and len(names) != len(source.classes):
+        raise ShardError(
+            f"'{config.classnames}' names {len(names)} classes, but the data have"
+            f" {len(source.classes)}: leave data.classnames empty to take the names of the data"
+        )
+    return names
+
+
+class ClassificationLoader:
+    """Loads one sample as {image uint8 (3, S, S), label, key}.
+
+    The label is int64 () for single labels, else float32 (num_classes,).
+    """
+
+    def __init__(
+        self,
+        source: Source | Shards,
+        config: ClassificationConfig,
+        image_size: int,
+        num_classes: int,
+    ) -> None:
+        self.source, self.num_classes = source, num_classes
+        self.reader = source.reader if isinstance(source, Shards) else None
+        self.labels = config.labels
+        kind = GpuPictures if config.gpu_decoding else TrainingPictures
+        self.pictures = kind(config, config.augmentation, image_size)
 
     def __call__(self, sample: int) -> dict[str, Any]:
-        config, reader = self.config, self.reader
         try:
-            label = label_of(read_field(reader, sample, config.label_key), self.num_classes)
+            label = self._label(self.source.label(sample))
         except FieldError as error:
             raise SkipSample(str(error)) from error
-        image = read_image(reader, sample, config.image_keys, config.max_pixels)
         return {
-            "image": self.transform(image),
-            "label": torch.tensor(label),
-            "key": str(reader.index.keys[sample]),
+            "image": self.pictures(self.source.picture(sample)),
+            "label": label,
+            "key": self.source.key(sample),
         }
+
+    def _label(self, value: object) -> Tensor:
+        if self.labels == "vector":
+            return vector_of(value, self.num_classes)
+        if self.labels == "indices":
+            return class_indices_of(value, self.num_classes)
+        return torch.tensor(label_of(value, self.num_classes))
 
 
 def classification_stream(
@@ -79,16 +178,19 @@ def classification_stream(
     rank: int = 0,
     world: int = 1,
     workers: int = 0,
+    source: Source | Shards | None = None,
 ) -> Stream:
-    """Open the shards of `config` as a classification training stream.
+    """A classification training stream from `source`, or from what `config` names.
 
     Raises:
-        ShardError: missing, empty or unsuitable shards, or fewer samples than a batch.
+        ShardError: missing, empty or unsuitable data, or fewer samples than a batch.
     """
-    index = open_shards(config)
+    source = open_source(config) if source is None else source
+    loader = ClassificationLoader(source, config, image_size, num_classes)
+    pictures = loader.pictures
     return Stream(
-        index,
-        ClassificationLoader(index, config, image_size, num_classes),
+        source.index if isinstance(source, Shards) else source,
+        loader,
         seed=seed,
         shuffle=config.shuffle,
         window=config.shuffle_window,
@@ -97,4 +199,5 @@ def classification_stream(
         world=world,
         workers=workers,
         config=config,
+        finish=pictures.finish if isinstance(pictures, GpuPictures) else None,
     )

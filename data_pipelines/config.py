@@ -8,18 +8,32 @@ from typing import Literal
 
 @dataclass
 class AugmentationConfig:
-    """Training-time changes to a picture; everything is off by default except the crop.
+    """Training-time changes to a picture: a recipe, what replaces parts of it, and what is added.
 
-    The defaults are CLIP's random resized crop. The Soft MoE recipe is `crop_scale: [0.05, 1.0]`
-    and `flip: 0.5` (inception crop, google-research/vmoe).
+    The recipes are `clip` (crops of 90 to 100 % of the area, no flip), `inception` (crops of 5 to
+    100 % and a flip with probability 0.5, how Soft MoE was pretrained) and `resize` (the whole
+    picture).
     """
 
-    crop_scale: tuple[float, float] = (0.9, 1.0)
+    recipe: Literal["clip", "inception", "resize"] = "clip"
+    """What crop_scale, crop_ratio, flip and interpolation are where they are null."""
+    crop_scale: tuple[float, float] | None = None
     """Smallest and largest share of the picture's area that a crop keeps; [1, 1] only resizes."""
-    crop_ratio: tuple[float, float] = (0.75, 1.3333)
+    crop_ratio: tuple[float, float] | None = None
     """Smallest and largest aspect ratio of the crop; without effect when crop_scale is [1, 1]."""
-    flip: float = 0.0
+    flip: float | None = None
     """Probability of a horizontal flip."""
+    interpolation: Literal["bicubic", "bilinear"] | None = None
+    """How a crop is resized, with antialias: bicubic, or bilinear in the inception recipe."""
+    policy: Literal["none", "rand_augment", "trivial_augment", "auto_augment"] = "none"
+    """One of torchvision's policies, after crop and flip: RandAugment, TrivialAugmentWide, or
+    AutoAugment's policy for ImageNet."""
+    policy_operations: int = 2
+    """Operations of rand_augment on each picture."""
+    policy_magnitude: int = 10
+    """Strength of rand_augment, 0 to 30."""
+    erase: float = 0.0
+    """Probability of erasing a rectangle (to black), after everything else."""
     rotate: float = 0.0
     """Largest rotation, degrees, in either direction."""
     translate: float = 0.0
@@ -90,6 +104,13 @@ class StreamConfig:
     """Loader processes for each training process; null chooses from the cores that are there."""
     max_pixels: int = 64_000_000
     """Pictures with more pixels are skipped and counted."""
+    exif_orientation: bool = False
+    """Turn photographs upright as their EXIF data say; open_clip and big_vision do not."""
+    scaled_decoding: bool = False
+    """Let JPEGs whose crop is at least twice the target come out of the decoder at a half, a
+    quarter or an eighth of their size: faster, and not quite the same pixels."""
+    gpu_decoding: bool = False
+    """Decode the JPEGs of each batch on the GPU, with nvJPEG; crops and flips only."""
 
 
 @dataclass
@@ -99,6 +120,9 @@ class ImageTextConfig(StreamConfig):
     caption_key: str = "txt"
     """Member with one caption per line, or `json:field` for a field of the json member; several
     joined by `::` are pooled, and one named twice counts twice."""
+    caption_weights: list[float] = field(default_factory=list)
+    """One for each field of caption_key: how often its captions are drawn, whatever their number.
+    Empty draws from all captions alike."""
     group_key: str | None = None
     """`json:field` (or an extension) whose equal values mark pairs that show the same thing, so
     that the losses do not treat them as negatives of each other; null leaves this off."""
@@ -112,10 +136,30 @@ class ImageTextConfig(StreamConfig):
 
 @dataclass
 class ClassificationConfig(StreamConfig):
-    """A stream of pictures with one integer label."""
+    """A stream of labelled pictures, from one of three sources: shards, dataset or folder."""
 
     label_key: str = "cls"
-    """Member that holds the label, or `json:field` for a field of the json member."""
+    """Member that holds the label, or `json:field` for a field of the json member; a member `npy`
+    holds a vector."""
+    labels: Literal["single", "vector", "indices"] = "single"
+    """A label is one number, a vector of a number for each class (several may be 1), or a list of
+    the classes that apply; the latter two train with soft or several labels."""
+    dataset: str = ""
+    """A dataset of Hugging Face: a name on the hub, `.parquet` or `.arrow` files (with `*`), or a
+    folder of such files, of pictures, or written by `save_to_disk`."""
+    dataset_name: str | None = None
+    """Which configuration of the dataset, where it has several."""
+    split: str = "train"
+    """Which split of the dataset."""
+    image_column: str = "image"
+    label_column: str = "label"
+    streaming: bool = False
+    """Read the dataset while it is downloaded, in place of downloading it first."""
+    samples: int | None = None
+    """Rows of a dataset that is streamed, where it does not tell."""
+    folder: str = ""
+    """A folder with one folder of pictures for each class."""
     classnames: str = ""
-    """File with one class name per line; its length is the number of classes."""
+    """File with one class name per line; its length is the number of classes. Empty takes the names
+    that the dataset or the folders carry."""
     augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)

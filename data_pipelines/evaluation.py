@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from data_pipelines.captions import integer_of, member_of, members_of, read_captions, read_field
-from data_pipelines.image_text import read_image
+from data_pipelines.decode import DecodeError, decode_rgb
 from data_pipelines.shards import (
     FieldError,
     ShardError,
@@ -20,6 +20,7 @@ from data_pipelines.shards import (
     index_shards,
 )
 from data_pipelines.stream import SkipSample, collate, without_stack
+from data_pipelines.training_pictures import read_picture
 from data_pipelines.transforms import eval_transform
 
 
@@ -46,6 +47,7 @@ class EvaluationSet(Dataset[dict[str, Any]]):
         resize_mode: str = "squash",
         interpolation: str = "bicubic",
         max_pixels: int = 64_000_000,
+        exif_orientation: bool = False,
     ) -> None:
         if label_key is not None and num_classes < 1:
             raise ValueError(f"label_key '{label_key}' needs num_classes of at least 1")
@@ -58,6 +60,7 @@ class EvaluationSet(Dataset[dict[str, Any]]):
         self.reader = ShardReader(self.index)
         self.image_keys, self.caption_key, self.label_key = image_keys, caption_key, label_key
         self.num_classes, self.max_pixels = num_classes, max_pixels
+        self.exif_orientation = exif_orientation
         self.transform = eval_transform(image_size, resize_mode, interpolation)
 
     def __len__(self) -> int:
@@ -72,8 +75,9 @@ class EvaluationSet(Dataset[dict[str, Any]]):
             fields["label"] = -1
             if self.label_key is not None:
                 fields["label"] = self._label(index, self.label_key)
-            image = read_image(self.reader, index, self.image_keys, self.max_pixels)
-        except (FieldError, SkipSample) as error:
+            data = read_picture(self.reader, index, self.image_keys)
+            image = decode_rgb(data, self.max_pixels, self.exif_orientation)
+        except (DecodeError, FieldError, SkipSample) as error:
             return {"number": index, "skipped": str(error)}
         return fields | {"image": self.transform(image)}
 

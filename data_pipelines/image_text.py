@@ -11,8 +11,11 @@ from torch import Tensor
 
 from data_pipelines.cached_embeddings import CachedEmbeddings, Side
 from data_pipelines.captions import (
+    captions_by_field,
+    check_weights,
     draw_caption,
     draw_number,
+    draw_weighted,
     group_of,
     member_of,
     members_of,
@@ -20,25 +23,14 @@ from data_pipelines.captions import (
     read_field,
 )
 from data_pipelines.config import AugmentationConfig, ImageTextConfig
-from data_pipelines.decode import DecodeError, decode_rgb
+from data_pipelines.gpu_decode import GpuPictures
 from data_pipelines.shards import FieldError, ShardIndex, ShardReader, open_shards
 from data_pipelines.stream import SkipSample, Stream
-from data_pipelines.transforms import changes_at_random, train_transform
+from data_pipelines.training_pictures import TrainingPictures, read_picture
+from data_pipelines.transforms import RECIPES, changes_at_random, recipe_of
 
 Tokenize = Callable[[list[str]], Tensor]
 REMEMBERED_CAPTIONS = 65_536
-
-
-def read_image(reader: ShardReader, sample: int, image_keys: list[str], max_pixels: int) -> Tensor:
-    """Decode a sample's picture to uint8 (3, H, W), or raise SkipSample."""
-    for ext in image_keys:
-        try:
-            data = reader.read(sample, ext)
-            if data is not None:
-                return decode_rgb(data, max_pixels)
-        except (DecodeError, FieldError) as error:
-            raise SkipSample(str(error)) from error
-    raise SkipSample("no image member")
 
 
 class ImageTextLoader:
@@ -58,11 +50,21 @@ class ImageTextLoader:
     ) -> None:
         index.require("picture", config.image_keys)
         index.require("caption", members_of(config.caption_key))
+        if config.caption_weights:
+            check_weights(config.caption_weights, config.caption_key)
+            if "text" in (cached or {}):
+                raise ValueError(
+                    "cached text embeddings do not know their fields: leave data.caption_weights"
+                    " empty, or do without data.cached_text"
+                )
         if config.group_key is not None:
             index.require("group", [member_of(config.group_key)])
         self.reader, self.config, self.tokenize = ShardReader(index), config, tokenize
         self.cached = dict(cached or {})
-        self.transform = train_transform(image_size, config.augmentation)
+        self.decoded = TrainingPictures(config, config.augmentation, image_size)
+        self.pictures: TrainingPictures | GpuPictures = self.decoded
+        if config.gpu_decoding and "image" not in self.cached:
+            self.pictures = GpuPictures(config, config.augmentation, image_size)
         self._tokens: dict[str, Tensor] = {}
 
     def __call__(self, sample: int) -> dict[str, Any]:
@@ -79,24 +81,30 @@ class ImageTextLoader:
 
     def picture(self, sample: int) -> Tensor:
         """The transformed picture, uint8 (3, S, S), or SkipSample."""
-        config = self.config
-        return self.transform(read_image(self.reader, sample, config.image_keys, config.max_pixels))
+        return self.decoded(read_picture(self.reader, sample, self.config.image_keys))
 
     def captions(self, sample: int) -> list[str]:
         """All captions, or FieldError."""
         return read_captions(self.reader, sample, self.config.caption_key)
 
-    def _image(self, sample: int) -> dict[str, Tensor]:
+    def _image(self, sample: int) -> dict[str, Any]:
         if "image" not in self.cached:
-            return {"image": self.picture(sample)}
+            data = read_picture(self.reader, sample, self.config.image_keys)
+            return {"image": self.pictures(data)}
         self.cached["image"].count(sample)
         return {"image_embedding": self.cached["image"].row(sample)}
 
     def _text(self, sample: int) -> dict[str, Tensor]:
         if "text" not in self.cached:
-            return {"text": self._tokenize(draw_caption(self.captions(sample)))}
+            return {"text": self._tokenize(self._draw_caption(sample))}
         cached = self.cached["text"]
         return {"text_embedding": cached.row(sample, draw_number(cached.count(sample)))}
+
+    def _draw_caption(self, sample: int) -> str:
+        weights, key = self.config.caption_weights, self.config.caption_key
+        if not weights:
+            return draw_caption(self.captions(sample))
+        return draw_weighted(captions_by_field(self.reader, sample, key), weights)
 
     def _tokenize(self, caption: str) -> Tensor:
         """Tokens (L,) of a caption; small sets repeat theirs, and a byte-pair tokenizer takes as
@@ -131,9 +139,11 @@ def image_text_stream(
         refuse_augmentation(config.augmentation)
     index = open_shards(config)
     cached = open_caches(config, index)
+    loader = ImageTextLoader(index, config, image_size, tokenize, cached)
+    pictures = loader.pictures
     return Stream(
         index,
-        ImageTextLoader(index, config, image_size, tokenize, cached),
+        loader,
         seed=seed,
         shuffle=config.shuffle,
         window=config.shuffle_window,
@@ -143,6 +153,7 @@ def image_text_stream(
         workers=workers,
         config=config,
         cached=cached,
+        finish=pictures.finish if isinstance(pictures, GpuPictures) else None,
     )
 
 
@@ -161,7 +172,7 @@ def refuse_augmentation(config: AugmentationConfig) -> None:
 
     The default crop passes, or every preset would have to turn it off.
     """
-    default = tuple(config.crop_scale) == AugmentationConfig().crop_scale
+    default = tuple(recipe_of(config).crop_scale) == RECIPES["clip"].crop_scale
     names = [name for name in changes_at_random(config) if name != "crop_scale" or not default]
     if names:
         raise ValueError(

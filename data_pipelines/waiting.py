@@ -15,7 +15,7 @@ import torch
 from torch.utils.data import get_worker_info
 from tqdm import tqdm
 
-from data_pipelines.shard_index import ShardIndex
+from data_pipelines.sample_index import SampleIndex
 
 # Below the logger of a run, so that its log has the lines, too.
 LOGGER = logging.getLogger("softmoe_clip.train.data")
@@ -53,7 +53,7 @@ class Board:
                 time.sleep(0.1)
         return []
 
-    def describe(self, index: ShardIndex, waited: float) -> str:
+    def describe(self, index: SampleIndex, waited: float) -> str:
         """One line about a wait of so many seconds."""
         states = []
         for number, (pid, sample, since) in enumerate(self._rows.tolist()):

@@ -1,4 +1,4 @@
-"""Pretrain an image encoder on classification shards.
+"""Pretrain an image encoder on labelled pictures: shards, a Hugging Face dataset or a folder.
 
 python -m scripts.pretrain --config configs/demo_pretrain.yaml
 accelerate launch --num_processes 8 -m scripts.pretrain --config FILE --a.b value
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass, field
+from typing import Any
 
 from classification.config import ClassifierConfig
 from data_pipelines.config import ClassificationConfig
@@ -44,7 +45,7 @@ def train(config: PretrainRun) -> None:
     from classification.initial_weights import load_encoder
     from classification.objective import ClassificationObjective, build_classifier
     from contrastive.weight_sources import check_pixels, image_source
-    from data_pipelines.classification import classification_stream, read_lines
+    from data_pipelines.classification import class_names, classification_stream, open_source
     from eval.classification import ClassificationEvaluator
     from scripts.launch import Launch, known_flops
 
@@ -55,25 +56,27 @@ def train(config: PretrainRun) -> None:
             f"mixup and cutmix exchange pairs: train.batch_size {config.train.batch_size} over"
             f" {parts} parts must be even"
         )
-    classes = read_lines(config.data.classnames)
+    source = open_source(config.data)
+    classes = class_names(config.data, source)
     launch.seed_models()
     model = build_classifier(config.model, len(classes))
     settings = model.pretrained_cfg
     notes = []
     if config.model.init_from is not None and launch.resume is None:
-        source = image_source(config.model.init_from, "model.init_from")
-        check_pixels(source, settings, "model.init_from")
-        trunk = {name: t for name, t in source.tensors.items() if name.startswith("trunk.")}
+        weights = image_source(config.model.init_from, "model.init_from")
+        check_pixels(weights, settings, "model.init_from")
+        trunk = {name: t for name, t in weights.tensors.items() if name.startswith("trunk.")}
         named = {name.removeprefix("trunk."): value for name, value in trunk.items()}
-        notes.append(f"image encoder: {load_encoder(model, named, source.name)}")
+        notes.append(f"image encoder: {load_encoder(model, named, weights.name)}")
     image_size = settings["input_size"][-1]
     stream = classification_stream(
         config.data,
         image_size=image_size,
         num_classes=len(classes),
+        source=source,
         **launch.stream_options(config.data.workers),
     )
-    objective = ClassificationObjective(model, config.model, len(classes))
+    objective = ClassificationObjective(model, config.model, len(classes), classes)
     evaluators = [
         ClassificationEvaluator(
             item, image_size, len(classes), tuple(settings["mean"]), tuple(settings["std"])
@@ -86,8 +89,18 @@ def train(config: PretrainRun) -> None:
         evaluators,
         notes,
         flops=known_flops(model),
-        describe=lambda batch: [classes[label] for label in batch["label"].tolist()],
+        describe=lambda batch: _captions(batch["label"], classes),
     )
+
+
+def _captions(labels: Any, classes: list[str]) -> list[str]:
+    """Names of the classes of each picture, of labels (B,) or of weights (B, classes)."""
+    if labels.ndim == 1:
+        return [classes[label] for label in labels.tolist()]
+    return [
+        ", ".join(name for name, on in zip(classes, row, strict=True) if on)
+        for row in labels.bool().tolist()
+    ]
 
 
 if __name__ == "__main__":

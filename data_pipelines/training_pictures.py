@@ -1,0 +1,59 @@
+"""Encoded pictures to cropped, augmented tensors: what all training streams do alike."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from data_pipelines.config import AugmentationConfig, StreamConfig
+from data_pipelines.decode import DecodeError, Picture
+from data_pipelines.shards import FieldError, ShardReader
+from data_pipelines.stream import SkipSample
+from data_pipelines.transforms import train_transform
+
+
+class TrainingPictures:
+    """Bytes of a picture to uint8 (3, S, S), by the settings of a stream.
+
+    The crop is drawn from the header, before decoding, so that with `scaled_decoding` a JPEG is
+    decoded no larger than the crop needs.
+    """
+
+    def __init__(
+        self, config: StreamConfig, augmentation: AugmentationConfig, image_size: int
+    ) -> None:
+        self.max_pixels, self.exif_orientation = config.max_pixels, config.exif_orientation
+        self.scaled = config.scaled_decoding
+        self.transform = train_transform(image_size, augmentation)
+
+    def __call__(self, data: bytes) -> Tensor:
+        """Decode, crop and augment, drawing from torch's default generator.
+
+        Raises:
+            SkipSample: a picture that cannot be used.
+        """
+        try:
+            picture = Picture(data, self.max_pixels, self.exif_orientation)
+            box = self.transform.draw_box(picture.height, picture.width)
+            shrink = self.transform.shrink(box) if self.scaled else 1
+            image = picture.decode(shrink)
+        except DecodeError as error:
+            raise SkipSample(str(error)) from error
+        if image.shape[-2:] != (picture.height, picture.width):
+            box = box.shrunk(shrink)
+        return self.transform(image, box)
+
+
+def read_picture(reader: ShardReader, sample: int, image_keys: list[str]) -> bytes:
+    """The encoded picture of a sample: the first of its members `image_keys`.
+
+    Raises:
+        SkipSample: it has none, or one that is too large to be read.
+    """
+    for ext in image_keys:
+        try:
+            data = reader.read(sample, ext)
+        except FieldError as error:
+            raise SkipSample(str(error)) from error
+        if data is not None:
+            return data
+    raise SkipSample("no image member")
