@@ -131,6 +131,17 @@ class EvaluationSet(SampleSet):
     def fingerprint(self) -> str:
         return self.index.fingerprint()
 
+    def label(self, index: int) -> int:
+        """The label of a sample, or -1 where it cannot be read.
+
+        Raises:
+            ShardError: it is out of range.
+        """
+        try:
+            return -1 if self.label_key is None else self._label(index, self.label_key)
+        except FieldError:
+            return -1
+
     def _labels(self, index: int, label_key: str) -> list[int]:
         value = read_field(self.reader, index, label_key)
         entries = value if isinstance(value, list) else re.split(r"[\s,\[\]]+", str(value))

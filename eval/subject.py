@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +26,10 @@ PADDED_TO_THE_END = {"siglip", "siglip2"}  # model types that were trained on fu
 class Subject:
     """A model behind three functions, which run in its precision and answer float32 on the CPU.
 
-    `transform` makes uint8 (3, H, W) what `encode_image` and `features` take in batches;
-    `encode_image` and `encode_text` answer (B, d), `features` (B, f) before the projection.
-    `encode_text` and `encode_image` are None for an image encoder.
+    `for_set` chooses how pictures are resized; before it, `transform` and `preprocess` are those
+    of a transformers model, or empty. `transform` makes uint8 (3, H, W) what `encode_image` and `features` take in batches;
+    `encode_image` and `encode_text` answer (B, d), `features` (B, f) before the projection;
+    both encoders are None for an image encoder.
     """
 
     name: str
@@ -40,6 +41,24 @@ class Subject:
     features: Callable[[Tensor], Tensor]
     encode_image: Callable[[Tensor], Tensor] | None = None
     encode_text: Callable[[list[str]], Tensor] | None = None
+    resize: Callable[[str | None], tuple[Callable[[Tensor], Tensor], dict[str, Any]]] | None = None
+
+    def for_set(self, resize_mode: str | None) -> Subject:
+        """The subject with the transform for a set that overrides the model's resize mode, or not.
+
+        Raises:
+            ValueError: a resize mode that is not supported.
+        """
+        if self.resize is None:
+            if resize_mode is not None:
+                raise ValueError("resize_mode cannot be set: transformers models bring their own")
+            return self
+        transform, preprocess = self.resize(resize_mode)
+        return replace(self, transform=transform, preprocess=preprocess)
+
+
+def _identity(image: Tensor) -> Tensor:
+    return image
 
 
 def open_subject(
@@ -47,7 +66,6 @@ def open_subject(
     pretrained: str | None = None,
     device: torch.device | str = "cpu",
     precision: str = "fp32",
-    resize_mode: str | None = None,
 ) -> Subject:
     """Open one of our runs and exports, an open_clip, transformers or timm model.
 
@@ -57,7 +75,6 @@ def open_subject(
             `transformers:NAME` for what the Hugging Face cache or hub has.
         pretrained: open_clip's weights tag or file, for names.
         precision: fp32, bf16 or fp16, by autocast.
-        resize_mode: overrides the model's own; not for transformers models.
 
     Raises:
         ValueError: nothing that can be opened, or an unknown precision.
@@ -74,8 +91,8 @@ def open_subject(
         if "model_type" in settings:
             return _transformers_subject(model, call, precision)
         if "architecture" in settings or _is_classification_run(Path(model)):
-            return _image_subject(model, call, precision, resize_mode)
-    return from_opened(model, open_model(model, pretrained), call, precision, resize_mode)
+            return _image_subject(model, call, precision)
+    return from_opened(model, open_model(model, pretrained), call, precision)
 
 
 def _is_classification_run(folder: Path) -> bool:
@@ -95,12 +112,9 @@ class _Caller:
             return function(*inputs, **named).float().cpu()
 
 
-def from_opened(
-    name: str, opened: OpenedModel, call: _Caller, precision: str, resize_mode: str | None = None
-) -> Subject:
+def from_opened(name: str, opened: OpenedModel, call: _Caller, precision: str) -> Subject:
     """The subject of a model that `open_model` has opened."""
     model = opened.model.to(call.device)
-    mode = resize_mode or opened.resize_mode
     normalize = Normalize(opened.mean, opened.std).to(call.device)
     trunk = getattr(model.visual, "trunk", None)  # of open_clip's own towers there is none
 
@@ -113,46 +127,39 @@ def from_opened(
     def encode_text(texts: list[str]) -> Tensor:
         return call(model.encode_text, opened.tokenizer(texts).to(call.device))
 
+    resize = _Resize(
+        opened.image_size, opened.resize_mode, opened.interpolation, opened.mean, opened.std
+    )
+    digest = weights_hash(model)
     return Subject(
-        name, opened.source, weights_hash(model), precision,
-        _preprocess(opened.image_size, mode, opened.interpolation, opened.mean, opened.std),
-        eval_transform(opened.image_size, mode, opened.interpolation), features, encode_image,
+        name,
+        opened.source,
+        digest,
+        precision,
+        {},
+        _identity,
+        features,
+        encode_image,
         encode_text,
-    )  # fmt: skip
-
-
-def _image_subject(name: str, call: _Caller, precision: str, resize_mode: str | None) -> Subject:
-    tower = open_image_tower(name)
-    mode = resize_mode or "squash"
-    model = tower.model.to(call.device)
-    return image_subject(
-        name, tower.source, model, tower.image_size, tower.mean, tower.std, call, precision, mode
+        resize,
     )
 
 
-def image_subject(
-    name: str,
-    source: str,
-    model: Any,
-    image_size: int,
-    mean: tuple[float, ...],
-    std: tuple[float, ...],
-    call: _Caller,
-    precision: str,
-    resize_mode: str,
-) -> Subject:
+def _image_subject(name: str, call: _Caller, precision: str) -> Subject:
     """The subject of a timm model: its pooled features, without its classifier."""
-    normalize = Normalize(mean, std).to(call.device)
+    tower = open_image_tower(name)
+    model = tower.model.to(call.device)
+    normalize = Normalize(tower.mean, tower.std).to(call.device)
 
     def pooled(images: Tensor) -> Tensor:
         return model.forward_head(model.forward_features(images), pre_logits=True)
 
-    return Subject(
-        name, source, weights_hash(model), precision,
-        _preprocess(image_size, resize_mode, "bicubic", mean, std),
-        eval_transform(image_size, resize_mode),
-        lambda images: call(pooled, normalize(images.to(call.device))),
-    )  # fmt: skip
+    def features(images: Tensor) -> Tensor:
+        return call(pooled, normalize(images.to(call.device)))
+
+    resize = _Resize(tower.image_size, "squash", "bicubic", tower.mean, tower.std)
+    digest = weights_hash(model)
+    return Subject(name, tower.source, digest, precision, {}, _identity, features, resize=resize)
 
 
 def _transformers_subject(name: str, call: _Caller, precision: str) -> Subject:
@@ -194,9 +201,16 @@ def _transformers_subject(name: str, call: _Caller, precision: str) -> Subject:
     settings = {"processor": type(processor).__name__, **processor.to_dict()}
     kept = {k: v for k, v in settings.items() if isinstance(v, str | int | float | list | dict)}
     return Subject(
-        name, name, weights_hash(model), precision, kept, transform, features, encode_image,
+        name,
+        name,
+        weights_hash(model),
+        precision,
+        kept,
+        transform,
+        features,
+        encode_image,
         encode_text,
-    )  # fmt: skip
+    )
 
 
 def _tensor(output: Any) -> Tensor:
@@ -204,13 +218,27 @@ def _tensor(output: Any) -> Tensor:
     return output if isinstance(output, Tensor) else output.pooler_output
 
 
-def _preprocess(
-    size: int, mode: str, interpolation: str, mean: tuple[float, ...], std: tuple[float, ...]
-) -> dict[str, Any]:
-    return {
-        "size": size, "resize_mode": mode, "interpolation": interpolation, "antialias": True,
-        "mean": list(mean), "std": list(std),
-    }  # fmt: skip
+@dataclass(frozen=True)
+class _Resize:
+    """What a set's resize mode, or else the model's own, makes of pictures."""
+
+    size: int
+    mode: str
+    interpolation: str
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def __call__(self, mode: str | None) -> tuple[Callable[[Tensor], Tensor], dict[str, Any]]:
+        mode = mode or self.mode
+        transform = eval_transform(self.size, mode, self.interpolation)
+        return transform, {
+            "size": self.size,
+            "resize_mode": mode,
+            "interpolation": self.interpolation,
+            "antialias": True,
+            "mean": list(self.mean),
+            "std": list(self.std),
+        }
 
 
 def weights_hash(model: nn.Module) -> str:
