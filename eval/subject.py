@@ -27,7 +27,8 @@ class Subject:
     """A model behind three functions, which run in its precision and answer float32 on the CPU.
 
     `for_set` chooses how pictures are resized; before it, `transform` and `preprocess` are those
-    of a transformers model, or empty. `transform` makes uint8 (3, H, W) what `encode_image` and `features` take in batches;
+    of a transformers model, or empty. `transform` makes uint8 (3, H, W) what `encode_image` and
+    `features` take in batches;
     `encode_image` and `encode_text` answer (B, d), `features` (B, f) before the projection;
     both encoders are None for an image encoder.
     """
