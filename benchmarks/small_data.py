@@ -129,33 +129,45 @@ def compare(options: argparse.Namespace, data: Path) -> list[list[str]]:
             folder = Path(options.out) / f"{data.name}-{model}-seed{seed}"
             seconds.append(pretrain(options, data, model, seed, folder))
             by_seed.append(measure(options, data, folder, seed))
-            print(f"{data.name}, {label}, seed {seed}: " + ", ".join(
-                f"{name} {by_seed[-1][name].mean():.3f}" for name in TASKS), flush=True)  # fmt: skip
+            shown = ", ".join(f"{name} {by_seed[-1][name].mean():.3f}" for name in TASKS)
+            print(f"{data.name}, {label}, seed {seed}: {shown}", flush=True)
         tower = open_image_tower(model, weights=False).model
-        flops = sum(image_flops(tower).values()) if isinstance(image_flops(tower), dict) else 0
+        flops = sum(image_flops(tower).values()) / 1e6
         means[label] = {n: np.mean([one[n] for one in by_seed], axis=0) for n in TASKS}
         spread = {n: np.std([one[n].mean() for one in by_seed]) for n in TASKS}
         cells = []
         for name, values in means[label].items():
             low, high = bootstrap_means(values[:, None])[0]
-            cells.append(f"{values.mean():.3f} ({low:.3f}–{high:.3f}; seeds ±{spread[name]:.3f})")
+            cells.append(
+                f"{values.mean():.3f} ({low:.3f} to {high:.3f}; seeds ±{spread[name]:.3f})"
+            )
         size = sum(p.numel() for p in tower.parameters()) / 1e6
-        del flops
-        rows.append([data.name, label, f"{size:.2f} M", *cells, f"{np.mean(seconds):.0f} s"])
+        rows.append(
+            [
+                data.name,
+                label,
+                f"{size:.2f} M",
+                f"{flops:.1f} M",
+                *cells,
+                f"{np.mean(seconds):.0f} s",
+            ]
+        )
     cells = []
     for name in TASKS:
         value, low, high = paired_difference(means["dense"][name], means["Soft MoE"][name])
-        cells.append(f"{value:+.3f} ({low:+.3f}–{high:+.3f})")
-    return [*rows, [data.name, "difference", "", *cells, ""]]
+        cells.append(f"{value:+.3f} ({low:+.3f} to {high:+.3f})")
+    return [*rows, [data.name, "difference", "", "", *cells, ""]]
 
 
 def main(argv: list[str] | None = None) -> None:
     options = parse(argv)
     torch.set_num_threads(available_cores())
     rows = [row for data in options.data for row in compare(options, Path(data))]
-    table = markdown_table(["set", "model", "parameters", *TASKS, "training"], rows)
-    note = (f"{options.model} and its dense twin, {options.steps} steps of {options.batch_size},"
-            f" seeds {options.seeds}, probes from {options.probe_pictures} pictures\n\n")  # fmt: skip
+    table = markdown_table(["set", "model", "parameters", "FLOPs", *TASKS, "training"], rows)
+    note = (
+        f"{options.model} and its dense twin, {options.steps} steps of {options.batch_size}, seeds"
+        f" {options.seeds}, probes from {options.probe_pictures} pictures\n\n"
+    )
     path = Path(options.out) / "table.md"
     path.write_text(note + table, encoding="utf-8")
     print(note + table + f"written to {path}")

@@ -48,7 +48,8 @@ def write_results(outcomes: list[Outcome], folder: str) -> None:
     for outcome in outcomes:
         path = target / "samples" / f"{sample_name(outcome.record)}.npz"
         path.parent.mkdir(exist_ok=True)
-        np.savez_compressed(path, **outcome.measured.samples)
+        columns: dict[str, Any] = outcome.measured.samples
+        np.savez_compressed(path, **columns)
     with open(target / "eval.jsonl", "a", encoding="utf-8") as file:
         file.writelines(json.dumps(record) + "\n" for record in records)
     write_records(records, str(target / "results.json"))
