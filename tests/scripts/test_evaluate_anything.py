@@ -157,8 +157,12 @@ def test_bad_input_is_one_line_before_any_embedding(
 
     timm_model = timm.create_model("vit_tiny_patch16_224", depth=1, num_classes=2)
     save_file(timm_model.state_dict(), tower / "model.safetensors")
-    described = {"architecture": "vit_tiny_patch16_224", "num_classes": 2,
-                 "model_args": {"depth": 1}, "pretrained_cfg": timm_model.pretrained_cfg}  # fmt: skip
+    described = {
+        "architecture": "vit_tiny_patch16_224",
+        "num_classes": 2,
+        "model_args": {"depth": 1},
+        "pretrained_cfg": timm_model.pretrained_cfg,
+    }
     (tower / "config.json").write_text(json.dumps(described, default=str))
     assert "has no text tower" in refusal(capsys, f"--model={tower}", data, zero_shot)
     captions = tmp_path / "dataset.json"
