@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-SMALL = 20_000  # training pictures up to which logistic regression is solved, not descended
-STRENGTHS = tuple(10.0**power for power in range(-4, 3))
+SMALL = 5_000  # training pictures up to which logistic regression is solved, not descended
+STRENGTHS = tuple(10.0**power for power in range(-4, 2))
 HELD_OUT = 0.2  # of the training pictures, to choose the strength by
 Features = tuple[Tensor, Tensor]
 
@@ -88,7 +88,7 @@ def _logistic(features: Tensor, labels: Tensor, classes: int, strength: float, s
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
 
-    model = LogisticRegression(C=strength, max_iter=1000, random_state=seed)
+    model = LogisticRegression(C=strength, max_iter=200, random_state=seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
         model.fit(features.numpy(), labels.numpy())
