@@ -45,6 +45,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--data", nargs="+", required=True, help="folders of shards")
     parser.add_argument("--out", default="runs/small_data", help="folder for runs and the table")
     parser.add_argument("--model", default="soft_moe_vit_nano_patch4_32", help="the routed twin")
+    parser.add_argument(
+        "--slots", type=int, default=3, help="per expert; 3 is within 4 %% of the dense FLOPs"
+    )
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--batch_size", type=int, default=128)
     parser.add_argument("--lr", type=float, default=2e-3)
@@ -68,6 +71,8 @@ def pretrain(options: argparse.Namespace, data: Path, model: str, seed: int, fol
         "train.batch_size": options.batch_size, "train.threads": available_cores(),
         "schedule.warmup_steps": max(1, options.steps // 20), "train.log_every": 50,
     }  # fmt: skip
+    if model == options.model:
+        words["model.arguments"] = json.dumps({"slots_per_expert": options.slots})
     command = [sys.executable, "-m", "scripts.pretrain", *(f"--{k}={v}" for k, v in words.items())]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode:
@@ -131,7 +136,8 @@ def compare(options: argparse.Namespace, data: Path) -> list[list[str]]:
             by_seed.append(measure(options, data, folder, seed))
             shown = ", ".join(f"{name} {by_seed[-1][name].mean():.3f}" for name in TASKS)
             print(f"{data.name}, {label}, seed {seed}: {shown}", flush=True)
-        tower = open_image_tower(model, weights=False).model
+        trained = Path(options.out) / f"{data.name}-{model}-seed{options.seeds[0]}"
+        tower = open_image_tower(str(trained), weights=False).model
         flops = sum(image_flops(tower).values()) / 1e6
         means[label] = {n: np.mean([one[n] for one in by_seed], axis=0) for n in TASKS}
         spread = {n: np.std([one[n].mean() for one in by_seed]) for n in TASKS}
