@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -24,72 +25,20 @@ from data_pipelines.training_pictures import read_picture
 from data_pipelines.transforms import eval_transform
 
 
-class EvaluationSet(Dataset[dict[str, Any]]):
-    """Samples in shard order: {image uint8 (3, S, S), number, captions, label, key}.
+class SampleSet(Dataset[dict[str, Any]]):
+    """Numbered samples {image, number, key, captions, label, labels}, whatever they lie in.
 
-    `captions` is a list of strings (empty without `caption_key`), `label` an int (-1 without
-    `label_key`). A sample that cannot be used comes as {number, skipped: the reason}.
-
-    Raises:
-        ShardError: missing, empty or unsuitable shards.
-        ValueError: labels without a number of classes, or an unknown resize mode or interpolation.
+    Subclasses give `__len__`, `__getitem__` and `fingerprint`.
     """
 
-    def __init__(
-        self,
-        shards: str,
-        image_size: int,
-        *,
-        image_keys: list[str],
-        caption_key: str | None = None,
-        label_key: str | None = None,
-        num_classes: int = 0,
-        resize_mode: str = "squash",
-        interpolation: str = "bicubic",
-        max_pixels: int = 64_000_000,
-        exif_orientation: bool = False,
-    ) -> None:
-        if label_key is not None and num_classes < 1:
-            raise ValueError(f"label_key '{label_key}' needs num_classes of at least 1")
-        self.index = index_shards(expand_shards(shards))
-        self.index.require("picture", image_keys)
-        if caption_key is not None:
-            self.index.require("caption", members_of(caption_key))
-        if label_key is not None:
-            self.index.require("label", [member_of(label_key)])
-        self.reader = ShardReader(self.index)
-        self.image_keys, self.caption_key, self.label_key = image_keys, caption_key, label_key
-        self.num_classes, self.max_pixels = num_classes, max_pixels
-        self.exif_orientation = exif_orientation
-        self.transform = eval_transform(image_size, resize_mode, interpolation)
+    transform: Callable[[Tensor], Tensor]
 
     def __len__(self) -> int:
-        return len(self.index)
+        raise NotImplementedError
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        fields: dict[str, Any] = {"number": index, "key": str(self.index.keys[index])}
-        try:
-            fields["captions"] = []
-            if self.caption_key is not None:
-                fields["captions"] = read_captions(self.reader, index, self.caption_key)
-            fields["label"] = -1
-            if self.label_key is not None:
-                fields["label"] = self._label(index, self.label_key)
-            data = read_picture(self.reader, index, self.image_keys)
-            image = decode_rgb(data, self.max_pixels, self.exif_orientation)
-        except (DecodeError, FieldError, SkipSample) as error:
-            return {"number": index, "skipped": str(error)}
-        return fields | {"image": self.transform(image)}
-
-    def _label(self, index: int, label_key: str) -> int:
-        label = integer_of(read_field(self.reader, index, label_key))
-        if not 0 <= label < self.num_classes:  # leaving samples out would flatter the figures
-            raise ShardError(
-                f"sample '{self.index.keys[index]}' of '{self.reader.shard_of(index)}' has label"
-                f" {label}, but there are {self.num_classes} classes: wrong classnames file or"
-                " label_key?"
-            )
-        return label
+    def fingerprint(self) -> str:
+        """Hash that changes with the samples."""
+        raise NotImplementedError
 
     def batches(
         self, batch_size: int, rank: int = 0, world: int = 1, workers: int = 0
@@ -119,6 +68,100 @@ class EvaluationSet(Dataset[dict[str, Any]]):
     def pictures(self, numbers: list[int]) -> Tensor:
         """Transformed pictures of the given samples, uint8 (N, 3, S, S), for showing."""
         return torch.stack([self[number]["image"] for number in numbers])
+
+
+class EvaluationSet(SampleSet):
+    """Samples in shard order: {image uint8 (3, S, S), number, captions, label, key}.
+
+    `captions` is a list of strings (empty without `caption_key`), `label` an int (-1 without
+    `label_key`); with `several`, `labels` is the list of all its labels, which the member lists
+    with spaces or commas in between or as JSON. A sample that cannot be used comes as
+    {number, skipped: the reason}.
+
+    Raises:
+        ShardError: missing, empty or unsuitable shards.
+        ValueError: labels without a number of classes, or an unknown resize mode or interpolation.
+    """
+
+    def __init__(
+        self,
+        shards: str,
+        image_size: int,
+        *,
+        image_keys: list[str],
+        caption_key: str | None = None,
+        label_key: str | None = None,
+        num_classes: int = 0,
+        resize_mode: str = "squash",
+        interpolation: str = "bicubic",
+        max_pixels: int = 64_000_000,
+        several: bool = False,
+        exif_orientation: bool = False,
+    ) -> None:
+        if label_key is not None and num_classes < 1:
+            raise ValueError(f"label_key '{label_key}' needs num_classes of at least 1")
+        self.index = index_shards(expand_shards(shards))
+        self.index.require("picture", image_keys)
+        if caption_key is not None:
+            self.index.require("caption", members_of(caption_key))
+        if label_key is not None:
+            self.index.require("label", [member_of(label_key)])
+        self.reader = ShardReader(self.index)
+        self.image_keys, self.caption_key, self.label_key = image_keys, caption_key, label_key
+        self.num_classes, self.max_pixels, self.several = num_classes, max_pixels, several
+        self.exif_orientation = exif_orientation
+        self.transform = eval_transform(image_size, resize_mode, interpolation)
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        fields: dict[str, Any] = {"number": index, "key": str(self.index.keys[index])}
+        try:
+            fields["captions"] = []
+            if self.caption_key is not None:
+                fields["captions"] = read_captions(self.reader, index, self.caption_key)
+            fields["label"] = -1
+            if self.label_key is not None and self.several:
+                fields["labels"] = self._labels(index, self.label_key)
+            elif self.label_key is not None:
+                fields["label"] = self._label(index, self.label_key)
+            data = read_picture(self.reader, index, self.image_keys)
+            image = decode_rgb(data, self.max_pixels, self.exif_orientation)
+        except (DecodeError, FieldError, SkipSample) as error:
+            return {"number": index, "skipped": str(error)}
+        return fields | {"image": self.transform(image)}
+
+    def fingerprint(self) -> str:
+        return self.index.fingerprint()
+
+    def label(self, index: int) -> int:
+        """The label of a sample, or -1 where it cannot be read.
+
+        Raises:
+            ShardError: it is out of range.
+        """
+        try:
+            return -1 if self.label_key is None else self._label(index, self.label_key)
+        except FieldError:
+            return -1
+
+    def _labels(self, index: int, label_key: str) -> list[int]:
+        value = read_field(self.reader, index, label_key)
+        entries = value if isinstance(value, list) else re.split(r"[\s,\[\]]+", str(value))
+        return [self._checked(index, integer_of(e)) for e in entries if str(e).strip()]
+
+    def _label(self, index: int, label_key: str) -> int:
+        return self._checked(index, integer_of(read_field(self.reader, index, label_key)))
+
+    def _checked(self, index: int, label: int) -> int:
+        if not 0 <= label < self.num_classes:  # leaving samples out would flatter the figures
+            raise ShardError(
+                f"sample '{self.index.keys[index]}' of '{self.reader.shard_of(index)}' has label"
+                f" {label}, but there are {self.num_classes} classes: wrong classnames file or"
+                " label_key?"
+            )
+        return label
 
 
 def _collate_usable(samples: list[dict[str, Any]]) -> dict[str, Any]:

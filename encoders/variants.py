@@ -44,6 +44,8 @@ HUGE = Size(1280, 32, 16)
 VARIANTS: dict[str, tuple[Size, int, int, int]] = {
     "soft_moe_vit_nano_patch8_16": (NANO, 8, 16, 8),
     "soft_moe_vit_nano_patch4_16": (NANO, 4, 16, 16),
+    "soft_moe_vit_nano_patch4_32": (NANO, 4, 32, 16),
+    "soft_moe_vit_nano_patch8_32": (NANO, 8, 32, 16),
     "soft_moe_vit_micro_patch8_48": (MICRO, 8, 48, 16),
     "soft_moe_vit_micro_patch8_64": (MICRO, 8, 64, 16),
     "soft_moe_vit_test_patch16_64": (TEST, 16, 64, 4),

@@ -89,7 +89,7 @@ class ImageTextEvaluator:
         self.classnames: list[str] = []
         if config.classnames:
             self.classnames = read_classnames(config.classnames)
-            self.prompts = _prompts(config, self.classnames)
+            self.prompts = set_prompts(config, self.classnames)
         elif config.class_prompts:
             raise ValueError(
                 f"class_prompts '{config.class_prompts}' needs classnames, the file that orders"
@@ -178,7 +178,12 @@ class ImageTextEvaluator:
         )
 
 
-def _prompts(config: EvaluationSetConfig, classnames: list[str]) -> list[list[str]]:
+def set_prompts(config: EvaluationSetConfig, classnames: list[str]) -> list[list[str]]:
+    """C lists of prompts from the templates or the prompt file of a set.
+
+    Raises:
+        ValueError: both are given, or what they hold is unusable.
+    """
     templates = config.templates
     if config.class_prompts:
         if templates != EvaluationSetConfig().templates:
@@ -186,7 +191,8 @@ def _prompts(config: EvaluationSetConfig, classnames: list[str]) -> list[list[st
                 f"evaluation set '{config.shards}' has both templates and class_prompts: set one"
             )
         return read_class_prompts(config.class_prompts, classnames, config.canonicalize)
-    if len(templates) == 1 and Path(templates[0]).is_file():
+    known = ("builtin:", "open_clip:")
+    if len(templates) == 1 and (templates[0].startswith(known) or Path(templates[0]).is_file()):
         templates = read_templates(templates[0])
     return class_prompts(classnames, templates, config.canonicalize)
 

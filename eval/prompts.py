@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from data_pipelines.classification import read_lines
 
+LABEL_SETS = Path(__file__).with_name("label_sets.json")
 _PLACEHOLDER = "{}"
 _NAMED_PLACEHOLDER = "{c}"
 _DELETE_PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -41,7 +42,39 @@ def read_classnames(path: str | Path) -> list[str]:
         ValueError: the file is missing or has no line, or an empty line that would leave a label
             nameless.
     """
+    family, _, name = str(path).partition(":")
+    if family == "builtin":
+        return builtin_labels(name)["classes"]
+    if str(path) == "open_clip:imagenet":
+        from open_clip import IMAGENET_CLASSNAMES
+
+        return list(IMAGENET_CLASSNAMES)
     return read_lines(path)
+
+
+def builtin_labels(name: str) -> dict[str, list[str]]:
+    """`classes` and `templates` of a well-known data set, from `label_sets.json`.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    sets = json.loads(LABEL_SETS.read_text(encoding="utf-8"))["sets"]
+    if name not in sets:
+        raise ValueError(f"no built-in class names '{name}': there are {', '.join(sets)}")
+    return sets[name]
+
+
+def _known_templates(path: str) -> list[str] | None:
+    """Templates of `builtin:NAME`, `open_clip:80` or `open_clip:7`; None for a file."""
+    family, _, name = path.partition(":")
+    if family == "builtin":
+        return builtin_labels(name)["templates"]
+    if path not in ("open_clip:80", "open_clip:7"):
+        return None
+    from open_clip import OPENAI_IMAGENET_TEMPLATES, SIMPLE_IMAGENET_TEMPLATES
+
+    templates = OPENAI_IMAGENET_TEMPLATES if name == "80" else SIMPLE_IMAGENET_TEMPLATES
+    return [template("{}") for template in templates]
 
 
 def read_templates(path: str | Path) -> list[str]:
@@ -52,6 +85,9 @@ def read_templates(path: str | Path) -> list[str]:
     Raises:
         ValueError: the file or a line is empty, or a line does not have exactly one placeholder.
     """
+    known = _known_templates(str(path))
+    if known is not None:
+        return known
     lines = read_lines(path)
     return [_one_placeholder(line, f"{path}, line {i}") for i, line in enumerate(lines, start=1)]
 

@@ -10,59 +10,49 @@ from pathlib import Path
 from typing import Any
 
 from eval.config import EvaluationSetConfig
-from eval.image_text import ImageTextEvaluator
-from eval.open_model import OpenedModel
-
-TASKS = {
-    "zeroshot_classification": ("acc1", "acc5", "mean_per_class_recall"),
-    "zeroshot_retrieval": ("text_retrieval", "image_retrieval"),
-}
+from eval.embedding import EmbeddedSet
+from eval.evaluation_sets import PlannedSet
+from eval.measurement import Measurement
+from eval.tasks import NAMES
 
 
-def make_records(
+def make_record(
     model: str,
     pretrained: str | None,
-    opened: OpenedModel,
-    evaluator: ImageTextEvaluator,
-    figures: dict[str, float | None],
-) -> list[dict[str, Any]]:
-    """One record for each task that was measured; the first keys are CLIP_benchmark's."""
-    skipped = int(figures.get("skipped") or 0)
-    records = []
-    for task, prefixes in TASKS.items():
-        metrics = {name: value for name, value in figures.items() if name.startswith(prefixes)}
-        if not metrics:
-            continue
-        record: dict[str, Any] = {
-            "dataset": evaluator.name,
-            "model": model,
-            "pretrained": pretrained or opened.source,
-            "task": task,
-            "metrics": metrics,
-            "language": "en",
-            "n_samples": len(evaluator.dataset) - skipped,
-            "n_skipped": skipped,
-            "shards": evaluator.config.shards,
-            "shards_fingerprint": evaluator.dataset.index.fingerprint(),
-            "preprocess": {
-                "size": opened.image_size,
-                "resize_mode": evaluator.resize_mode,
-                "interpolation": evaluator.interpolation,
-                "antialias": True,
-                "mean": list(opened.mean),
-                "std": list(opened.std),
-            },
-            "tie_rule": "index",
-            "versions": {name: version(name) for name in ("torch", "open_clip_torch", "timm")},
+    planned: PlannedSet,
+    task: str,
+    measured: Measurement,
+    found: EmbeddedSet,
+) -> dict[str, Any]:
+    """The record of one task; the first keys are CLIP_benchmark's."""
+    subject, config = planned.subject, planned.config
+    record: dict[str, Any] = {
+        "dataset": planned.name,
+        "model": model,
+        "pretrained": pretrained or subject.source,
+        "task": NAMES.get(task, task),
+        "metrics": measured.metrics,
+        "language": "en",
+        "ci95": {name: list(bounds) for name, bounds in measured.ci95.items()},
+        "n_samples": len(found.keys),
+        "n_skipped": found.skipped.total(),
+        "split": config.split,
+        "shards": config.shards or config.data,
+        "shards_fingerprint": planned.test.fingerprint(),
+        "preprocess": subject.preprocess,
+        "precision": subject.precision,
+        "weights_sha256": subject.weights_sha256,
+        "tie_rule": "index",
+        "versions": {name: version(name) for name in ("torch", "open_clip_torch", "timm")},
+        "details": measured.details,
+    }
+    if task == "zero_shot_classification":
+        record |= {
+            "n_classes": len(planned.prompts),
+            **_prompt_source(config),
+            "canonicalize": config.canonicalize,
         }
-        if task == "zeroshot_classification":
-            record |= {
-                "n_classes": len(evaluator.prompts),
-                **_prompt_source(evaluator.config),
-                "canonicalize": evaluator.config.canonicalize,
-            }
-        records.append(record)
-    return records
+    return record
 
 
 def _prompt_source(config: EvaluationSetConfig) -> dict[str, Any]:
@@ -75,8 +65,12 @@ def _prompt_source(config: EvaluationSetConfig) -> dict[str, Any]:
 
 def write_records(records: list[dict[str, Any]], path: str) -> None:
     """Write a JSON list, completely or not at all."""
-    target = Path(path)
+    write_text(Path(path), json.dumps(records, indent=1) + "\n")
+
+
+def write_text(target: Path, content: str) -> None:
+    """Write a file, completely or not at all."""
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(target.name + ".partial")
-    partial.write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
+    partial.write_text(content, encoding="utf-8")
     os.replace(partial, target)

@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from eval.exact_ranks import average_precision, pair_ranks, unit_rows32
+
 _logger = logging.getLogger(__name__)
 
 
@@ -27,10 +29,13 @@ class RetrievalRanks(NamedTuple):
     Attributes:
         image_to_text: (N,) int64, the rank of each image's best own caption among M texts.
         text_to_image: (M,) int64, the rank of each text's image among N images.
+        average_precision: (N,) float64 of each image's captions, or None where not all captions
+            were ranked. A text has one image, so its average precision is 1 / (rank + 1).
     """
 
     image_to_text: Tensor
     text_to_image: Tensor
+    average_precision: Tensor | None = None
 
 
 @torch.no_grad()
@@ -41,7 +46,7 @@ def retrieval_metrics(
     ks: Sequence[int] = (1, 5, 10),
     chunk: int = 1024,
 ) -> dict[str, float]:
-    """Recall at k, median and mean rank in both directions; arguments as `retrieval_ranks`.
+    """Recall at k, ranks and average precision both ways; arguments as `retrieval_ranks`.
 
     Returns:
         What `recall_from_ranks` returns.
@@ -59,7 +64,8 @@ def recall_from_ranks(ranks: RetrievalRanks, ks: Sequence[int] = (1, 5, 10)) -> 
     `text_retrieval_recall@k` is the share of images with at least one own caption among the
     first k texts (any-hit, not the fraction of captions found); `image_retrieval_recall@k` is the
     share of texts with their image among the first k images. `*_median_rank` and `*_mean_rank`
-    count from 1. A k beyond the pool means the whole pool: its recall is 1 whatever the model
+    count from 1; `*_average_precision` is the mean over queries, where all answers were ranked. A
+    k beyond the pool means the whole pool: its recall is 1 whatever the model
     does, and a warning is logged that says so.
 
     Raises:
@@ -80,6 +86,10 @@ def recall_from_ranks(ranks: RetrievalRanks, ks: Sequence[int] = (1, 5, 10)) -> 
             metrics[f"{name}_recall@{k}"] = float(np.mean(values < k))
         metrics[f"{name}_median_rank"] = float(np.median(values)) + 1
         metrics[f"{name}_mean_rank"] = float(np.mean(values)) + 1
+    if ranks.average_precision is not None:
+        of_texts = 1 / (ranks.text_to_image.double() + 1)
+        metrics["text_retrieval_average_precision"] = float(ranks.average_precision.mean())
+        metrics["image_retrieval_average_precision"] = float(of_texts.mean())
     return metrics
 
 
@@ -93,14 +103,19 @@ def retrieval_ranks(
         image_embeddings: (N, d) floating point, of any scale.
         text_embeddings: (M, d) floating point, of any scale.
         image_of_text: (M,) int64, the image that each text describes; any order.
-        chunk: Queries scored at once. Memory grows with chunk * max(N, M), never with N * M.
+        chunk: Images scored at once. Memory grows with (N + M) * d, never with N * M.
 
     Raises:
         ValueError: shapes that do not fit, an embedding that is not finite, an image index out
             of range, or an image without a caption.
     """
-    images = unit_rows(image_embeddings, "image_embeddings")
-    texts = unit_rows(text_embeddings, "text_embeddings").to(images.device)
+    if chunk < 1:
+        raise ValueError(f"chunk must be at least 1, got {chunk}")
+    _check_rows(image_embeddings, "image_embeddings")
+    _check_rows(text_embeddings, "text_embeddings")
+    check_width(image_embeddings, text_embeddings)
+    images = unit_rows32(image_embeddings)
+    texts = unit_rows32(text_embeddings).to(images.device)
     owners = image_of_text.to(images.device)
     if owners.shape != texts.shape[:1]:
         raise ValueError(
@@ -115,11 +130,11 @@ def retrieval_ranks(
             f"{len(bare)} of {len(images)} images have no caption (first: image {bare[0]}); "
             "leave them out, their recall is undefined"
         )
-    image_ids = torch.arange(len(images), device=images.device)
-    return RetrievalRanks(
-        image_to_text=best_ranks(images, texts, image_ids, owners, chunk),
-        text_to_image=best_ranks(texts, images, owners, image_ids, chunk),
-    )
+    ranks = pair_ranks(images, texts, owners, chunk, 8 * chunk)
+    owners = owners.cpu()
+    best = torch.full((len(images),), len(texts)).scatter_reduce_(0, owners, ranks.text, "amin")
+    precision = average_precision(ranks.text, owners, len(images))
+    return RetrievalRanks(best, ranks.image, precision)
 
 
 def best_ranks(
@@ -140,11 +155,7 @@ def best_ranks(
     Raises:
         ValueError: widths that differ, a chunk below 1, or a query without an answer.
     """
-    if queries.shape[1] != pool.shape[1]:
-        raise ValueError(
-            f"embeddings of width {queries.shape[1]} and {pool.shape[1]} cannot be compared; "
-            "take both from one model, after its projections"
-        )
+    check_width(queries, pool)
     if chunk < 1:
         raise ValueError(f"chunk must be at least 1, got {chunk}")
     ranks = []
@@ -188,16 +199,28 @@ def unit_rows(embeddings: Tensor, name: str) -> Tensor:
     Raises:
         ValueError: not a non-empty matrix, or a value that is not finite.
     """
+    _check_rows(embeddings, name)
+    return F.normalize(embeddings.double(), dim=1)
+
+
+def _check_rows(embeddings: Tensor, name: str) -> None:
     if embeddings.ndim != 2 or embeddings.numel() == 0:
         raise ValueError(f"{name} must be a non-empty (rows, d), got {tuple(embeddings.shape)}")
-    rows = embeddings.double()
-    finite = rows.isfinite().all(dim=1)
+    finite = embeddings.isfinite().all(dim=1)
     if not finite.all():
         row = int(torch.nonzero(~finite)[0])
         raise ValueError(
             f"{name} row {row} is not finite; the model diverged or its precision overflowed"
         )
-    return F.normalize(rows, dim=1)
+
+
+def check_width(images: Tensor, texts: Tensor) -> None:
+    """Raise ValueError unless the rows of both have one width."""
+    if images.shape[1] != texts.shape[1]:
+        raise ValueError(
+            f"embeddings of width {images.shape[1]} and {texts.shape[1]} cannot be compared; "
+            "take both from one model, after its projections"
+        )
 
 
 def check_indices(indices: Tensor, size: int, name: str) -> None:

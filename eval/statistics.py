@@ -67,3 +67,82 @@ def chance_recall(answers: Sequence[int], pool: int, k: int) -> float:
         raise ValueError(f"every query needs 1 to {pool} right answers")
     misses = [math.comb(pool - a, k) / math.comb(pool, k) for a in answers]
     return 1 - sum(misses) / len(misses)
+
+
+def bootstrap_means(
+    columns: NDArray[np.float64], samples: int = 1000, seed: int = 0
+) -> NDArray[np.float64]:
+    """95 % percentile bootstrap intervals of the means of several values of the same queries.
+
+    Args:
+        columns: (Q, K), K values of each query.
+        samples: Resamples; all K means of one share its draws.
+        seed: Of the draws.
+
+    Returns:
+        (K, 2) lower and upper bounds.
+
+    Raises:
+        ValueError: no queries.
+    """
+    return np.quantile(_resampled_means(columns, samples, seed), (0.025, 0.975), axis=0).T
+
+
+def paired_difference(
+    first: ArrayLike, second: ArrayLike, samples: int = 1000, seed: int = 0
+) -> tuple[float, float, float]:
+    """Difference of two means over the same queries, with its 95 % bootstrap interval.
+
+    Both are resampled together, so what makes a query hard for both does not widen the interval.
+
+    Args:
+        first, second: (Q,) values of the same queries in the same order.
+
+    Returns:
+        mean(second) - mean(first), and the bounds of its interval; it is significant at 5 % if the
+        interval leaves out 0.
+
+    Raises:
+        ValueError: lengths that differ, or no queries.
+    """
+    a, b = np.asarray(first, np.float64), np.asarray(second, np.float64)
+    if a.shape != b.shape:
+        raise ValueError(f"paired values must be of the same queries, got {a.shape} and {b.shape}")
+    difference = (b - a)[:, None]
+    low, high = bootstrap_means(difference, samples, seed)[0]
+    return float(difference.mean()), float(low), float(high)
+
+
+def _resampled_means(columns: NDArray[np.float64], samples: int, seed: int) -> NDArray[np.float64]:
+    if columns.ndim != 2 or not len(columns):
+        raise ValueError(f"values must be a non-empty (queries, columns), got {columns.shape}")
+    rng, size = np.random.default_rng(seed), len(columns)
+    means = np.empty((samples, columns.shape[1]))
+    for number in range(samples):
+        # How often each query was drawn: one product in place of a copy for every column.
+        counts = np.bincount(rng.integers(size, size=size), minlength=size)
+        means[number] = counts @ columns / size
+    return means
+
+
+def bootstrap_class_mean(
+    hits: NDArray[np.bool_], labels: NDArray[np.int64], samples: int = 1000, seed: int = 0
+) -> tuple[float, float]:
+    """95 % bootstrap interval of the mean over classes of the share of `hits` in each.
+
+    Args:
+        hits: (N,) bool.
+        labels: (N,) int64, not negative; classes that a resample lacks do not count in it.
+    """
+    rng, size = np.random.default_rng(seed), len(hits)
+    right, means = labels[hits], np.empty(samples)
+    places = np.cumsum(hits) - 1
+    classes = int(labels.max()) + 1
+    for number in range(samples):
+        rows = rng.integers(size, size=size)
+        total = np.bincount(labels[rows], minlength=classes)
+        good = np.bincount(right[places[rows[hits[rows]]]], minlength=classes)
+        present = total > 0
+        means[number] = (good[present] / total[present]).mean()
+    low, high = np.quantile(means, (0.025, 0.975))
+    return float(low), float(high)

@@ -1,5 +1,6 @@
-"""Measure zero-shot classification and retrieval of a dual encoder.
+"""Measure zero-shot classification, retrieval and probes of a model.
 
+python -m scripts.evaluate --model MODEL --data FOLDER --tasks zero_shot_classification,few_shot
 python -m scripts.evaluate --config configs/demo_evaluate.yaml --model runs/demo/contrastive
 python -m scripts.evaluate --config FILE --model ViT-B-32 --pretrained laion2b_s34b_b79k
 accelerate launch --num_processes 8 -m scripts.evaluate --config FILE --model MODEL
@@ -25,8 +26,25 @@ class EvaluateRun:
     pretrained: str | None = None
     """Weights tag or file, for open_clip names."""
     evaluation: list[EvaluationSetConfig] = field(default_factory=list)
+    tasks: str = ""
+    """Of sets that name none: zero_shot_classification, retrieval, few_shot, linear_probe, knn,
+    with commas in between."""
+    data: str = ""
+    """One more set: a folder in CLIP_benchmark's layout, an image folder, or a saved dataset."""
     output: str | None = None
     """JSON file for the figures; null prints them only."""
+    results: str | None = None
+    """Folder for eval.jsonl, results.json, results.md, report.html and the outcome of each sample,
+    which scripts.compare_evaluations reads."""
+    cache: str | None = None
+    """Folder where embeddings are kept, in clip-retrieval's layout."""
+    precision: str = "fp32"
+    """fp32, bf16 or fp16."""
+    shots: list[int] = field(default_factory=lambda: [10])
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
+    l2: list[float] = field(default_factory=lambda: [1024.0])
+    """Strengths of the few-shot probe; several are chosen from by the test accuracy."""
+    neighbours: int = 20
     threads: int | None = None
     """CPU threads; null takes all cores."""
 
@@ -38,66 +56,72 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def evaluate(config: EvaluateRun) -> list[dict[str, Any]]:
-    """Print a table, write the records to `output`, and return them."""
+    """Print a table, write the records to `output` and `results`, and return them."""
     import torch
     from accelerate import PartialState
     from accelerate.utils import parse_flag_from_env
     from tqdm import tqdm
 
-    from eval.image_text import ImageTextEvaluator
-    from eval.open_model import open_model
-    from eval.records import make_records, write_records
+    from eval.evaluation_sets import plan_set
+    from eval.measure import Outcome, measure_set
+    from eval.records import write_records
+    from eval.results import write_results
+    from eval.subject import open_subject
+    from eval.tasks import ProbeOptions
     from training.machine import available_cores, plan_cores
 
     if not config.model:
         raise ValueError("no model given: set --model to a run directory or an open_clip name")
-    if not config.evaluation:
-        raise ValueError("no evaluation sets given: list them under `evaluation` in --config")
+    sets = [*config.evaluation]
+    if config.data:
+        sets.append(EvaluationSetConfig(data=config.data))
+    if not sets:
+        raise ValueError(
+            "no evaluation sets given: set --data, or list them under `evaluation` in --config"
+        )
     state: Any = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
     cores = available_cores()
     torch.set_num_threads(config.threads or max(1, cores // state.num_processes))
     workers = 0  # on the CPU the model needs the cores
     if state.device.type != "cpu":
         workers = plan_cores(cores, state.num_processes, device_is_cpu=False).workers
-    opened = open_model(config.model, config.pretrained)
-    opened.model.to(state.device)
-    evaluators = [  # all before the first measurement: what is refused is refused at once
-        ImageTextEvaluator(
-            item, opened.image_size, opened.tokenizer, opened.mean, opened.std, opened.resize_mode,
-            opened.interpolation, workers,
+    subject = open_subject(config.model, config.pretrained, state.device, config.precision)
+    tasks = [task.strip() for task in config.tasks.split(",") if task.strip()]
+    # All before the first measurement: what is refused is refused at once.
+    planned = [plan_set(item, subject, tasks) for item in sets]
+    options = ProbeOptions(config.shots, config.seeds, config.l2, config.neighbours)
+    outcomes: list[Outcome] = []
+    bar = tqdm(planned, unit="set", disable=None if state.is_main_process else True)
+    for item in bar:
+        bar.set_postfix_str(item.name)
+        outcomes += measure_set(
+            item, options, (config.model, config.pretrained), workers, config.cache
         )
-        for item in config.evaluation
-    ]  # fmt: skip
-    records: list[dict[str, Any]] = []
-    bar = tqdm(evaluators, unit="set", disable=None if state.is_main_process else True)
-    for evaluator in bar:
-        bar.set_postfix_str(evaluator.name)
-        figures = evaluator(opened.model)
-        records += make_records(config.model, config.pretrained, opened, evaluator, figures)
+    records = [outcome.record for outcome in outcomes]
     if state.is_main_process:
-        _show(records, evaluators)
+        _show(outcomes, planned)
         if config.output is not None:
             write_records(records, config.output)
+        if config.results is not None:
+            write_results(outcomes, config.results)
     if state.num_processes > 1:
         state.destroy_process_group()
     return records
 
 
-def _show(records: list[dict[str, Any]], evaluators: list[Any]) -> None:
+def _show(outcomes: list[Any], planned: list[Any]) -> None:
     """Print the figures, and what they leave out."""
     from data_pipelines.shards import describe_skips
-    from eval.tables import short, text_table
+    from eval.results import figure_rows
+    from eval.tables import text_table
 
-    rows = [
-        [record["dataset"], name, short(value), str(record["n_samples"])]
-        for record in records
-        for name, value in record["metrics"].items()
-    ]
-    print(text_table(["set", "metric", "value", "samples"], rows))
-    for evaluator in evaluators:
-        if evaluator.skipped:
-            print(f"{evaluator.name}: {describe_skips(evaluator.skipped)}")
-        for path in evaluator.dataset.index.truncated:
+    rows = figure_rows([outcome.record for outcome in outcomes])
+    print(text_table(["set", "metric", "value", "95 % interval", "samples"], rows))
+    for item in planned:
+        skipped = next((o.found.skipped for o in outcomes if o.planned is item), None)
+        if skipped:
+            print(f"{item.name}: {describe_skips(skipped)}")
+        for path in getattr(getattr(item.test, "index", None), "truncated", ()):
             print(f"warning: '{path}' ends early; its complete samples are used")
 
 

@@ -169,7 +169,7 @@ def test_two_processes_measure_what_one_measures(
         result = run_python(*start, "-m", "scripts.evaluate", *words)
         assert result.returncode == 0, result.stderr[-3000:]
         assert ("starting 2 CPU processes" in result.stderr) == bool(start)
-        assert result.stdout.count("own ") == 13  # the table, once
+        assert result.stdout.count("own ") == 15  # the table, once
         found.append(json.loads(output.read_text()))
     one, two = found
     assert len(one) == 2

@@ -1,0 +1,90 @@
+"""Retrieval figures of 5,000 pictures and 25,000 captions: ours and CLIP_benchmark's.
+
+python -m benchmarks.evaluation [--images 5000] [--captions 5] [--width 512] [--output FILE]
+
+Each runs in a process of its own; memory is that process's peak above what it had before. Needs
+`pip install --no-deps clip-benchmark`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import resource
+import time
+from typing import Any
+
+import torch
+
+KS = (1, 5, 10)
+
+
+def features(options: argparse.Namespace) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Random pictures (N, d), captions (M, d) and owners (M,)."""
+    rng = torch.Generator().manual_seed(0)
+    image = torch.randn(options.images, options.width, generator=rng)
+    owner = torch.arange(options.images).repeat_interleave(options.captions)
+    return image, image[owner] + 4 * torch.randn(len(owner), options.width, generator=rng), owner
+
+
+def ours(options: argparse.Namespace) -> dict[str, float]:
+    from eval.retrieval import retrieval_metrics
+
+    return retrieval_metrics(*features(options), KS)
+
+
+def clip_benchmark(options: argparse.Namespace) -> dict[str, float]:
+    from clip_benchmark.metrics.zeroshot_retrieval import batchify, recall_at_k
+
+    image, text, owner = features(options)
+    scores = torch.nn.functional.normalize(text) @ torch.nn.functional.normalize(image).T
+    positive = torch.zeros_like(scores, dtype=torch.bool)
+    positive[torch.arange(len(scores)), owner] = True
+    found = {}
+    for k in KS:
+        for name, s, p in (("image", scores, positive), ("text", scores.T, positive.T)):
+            recall = batchify(recall_at_k, s, p, 64, "cpu", k=k) > 0
+            found[f"{name}_retrieval_recall@{k}"] = recall.float().mean().item()
+    return found
+
+
+def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
+    function = {"ours": ours, "clip_benchmark": clip_benchmark}[name]
+    function(argparse.Namespace(**vars(options) | {"images": 20}))  # imports and warms up
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    started = time.perf_counter()
+    figures = function(options)
+    seconds = time.perf_counter() - started
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    return {"seconds": seconds, "peak_mib": peak / 1024, "figures": figures}
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--images", type=int, default=5000)
+    parser.add_argument("--captions", type=int, default=5)
+    parser.add_argument("--width", type=int, default=512)
+    parser.add_argument("--only", choices=["ours", "clip_benchmark"])
+    parser.add_argument("--output")
+    options = parser.parse_args(argv)
+    names = [options.only] if options.only else ["ours", "clip_benchmark"]
+    results: dict[str, Any] = {"threads": torch.get_num_threads(), **vars(options)}
+    for name in names:
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            results[name] = pool.apply(measure, (name, options))
+        print(f"{name}: {results[name]['seconds']:.1f} s, {results[name]['peak_mib']:.0f} MiB")
+    if not options.only:
+        one, two = results["ours"], results["clip_benchmark"]
+        equal = all(abs(one["figures"][k] - v) < 1e-6 for k, v in two["figures"].items())
+        ratio = two["seconds"] / one["seconds"]
+        print(
+            f"{'equal figures' if equal else 'FIGURES DIFFER'}; ours is {ratio:.1f} times as fast"
+        )
+    if options.output:
+        with open(options.output, "w", encoding="utf-8") as file:
+            json.dump(results, file, indent=1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,183 @@
+"""Evaluation sets that are not shards: image folders, Hugging Face datasets, Karpathy splits."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from data_pipelines.decode import DecodeError, decode_rgb
+from data_pipelines.evaluation import SampleSet
+from data_pipelines.shards import ShardError
+
+PICTURES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif"}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One sample: its name, how to read its bytes, its captions and its label or -1."""
+
+    key: str
+    read: Callable[[], bytes]
+    captions: list[str] = field(default_factory=list)
+    label: int = -1
+
+
+class EntrySet(SampleSet):
+    """Samples that are listed in memory and read one by one.
+
+    Raises:
+        ShardError: no entries.
+    """
+
+    def __init__(
+        self,
+        source: str,
+        entries: Sequence[Entry],
+        transform: Callable[[Tensor], Tensor],
+        classnames: list[str] | None = None,
+    ) -> None:
+        if not entries:
+            raise ShardError(f"'{source}' is an empty split: there is nothing to evaluate")
+        self.entries, self.transform = entries, transform
+        self.classnames = classnames or []
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def fingerprint(self) -> str:
+        """Hash of names, captions, labels and contents."""
+        digest = hashlib.sha256()
+        for entry in self.entries:
+            line = json.dumps([entry.key, entry.captions, entry.label])
+            digest.update(line.encode() + hashlib.sha256(entry.read()).digest())
+        return digest.hexdigest()[:16]
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        entry = self.entries[index]
+        try:
+            image = decode_rgb(entry.read())
+        except DecodeError as error:
+            return {"number": index, "skipped": str(error)}
+        return {
+            "number": index, "key": entry.key, "captions": entry.captions, "label": entry.label,
+            "image": self.transform(image),
+        }  # fmt: skip
+
+
+def image_folder(path: str, transform: Callable[[Tensor], Tensor]) -> EntrySet:
+    """Pictures in one subfolder per class; classes are in alphabetical order.
+
+    Raises:
+        ShardError: no subfolder with pictures.
+    """
+    folders = sorted(p for p in Path(path).iterdir() if p.is_dir()) if Path(path).is_dir() else []
+    if not folders:
+        raise ShardError(f"'{path}' is no image folder: it needs one subfolder for each class")
+    entries = [
+        Entry(str(file.relative_to(path)), file.read_bytes, label=label)
+        for label, folder in enumerate(folders)
+        for file in sorted(folder.rglob("*"))
+        if file.suffix.lower() in PICTURES
+    ]
+    return EntrySet(path, entries, transform, [p.name.replace("_", " ") for p in folders])
+
+
+def hugging_face_set(
+    path: str,
+    split: str,
+    transform: Callable[[Tensor], Tensor],
+    label_key: str | None = None,
+    caption_key: str | None = None,
+) -> EntrySet:
+    """A dataset saved by `datasets` (`save_to_disk`), or a folder or name that it loads.
+
+    The picture is the column of type Image; names of classes come from a ClassLabel column.
+
+    Raises:
+        ShardError: no such split or columns.
+    """
+    import datasets
+
+    saved = (Path(path) / "state.json").is_file() or (Path(path) / "dataset_dict.json").is_file()
+    loaded: Any = datasets.load_from_disk(path) if saved else datasets.load_dataset(path)
+    if isinstance(loaded, dict):
+        if split not in loaded:
+            raise ShardError(f"'{path}' has no split '{split}': it has {', '.join(loaded)}")
+        loaded = loaded[split]
+    columns = loaded.features
+    images = [name for name, kind in columns.items() if isinstance(kind, datasets.Image)]
+    if not images:
+        raise ShardError(f"'{path}' has no column of type Image: it has {', '.join(columns)}")
+    for key in (label_key, caption_key):
+        if key is not None and key not in columns:
+            raise ShardError(f"'{path}' has no column '{key}': it has {', '.join(columns)}")
+    loaded = loaded.cast_column(images[0], datasets.Image(decode=False))
+    table = loaded.remove_columns(images[0])
+
+    def reader(number: int) -> Callable[[], bytes]:
+        def read() -> bytes:
+            cell = loaded[number][images[0]]
+            return cell["bytes"] if cell["bytes"] is not None else Path(cell["path"]).read_bytes()
+
+        return read
+
+    entries = []
+    for number in range(len(loaded)):
+        row = table[number] if len(table.column_names) else {}
+        found = row[caption_key] if caption_key else []
+        captions = [found] if isinstance(found, str) else list(found)
+        label = int(row[label_key]) if label_key else -1
+        entries.append(Entry(str(number), reader(number), captions, label))
+    names = getattr(columns.get(label_key), "names", None) if label_key else None
+    return EntrySet(f"{path}, {split}", entries, transform, names)
+
+
+def karpathy_split(
+    captions: str, images: str, split: str, transform: Callable[[Tensor], Tensor]
+) -> EntrySet:
+    """Pictures and captions of a split in a `dataset_coco.json` or `dataset_flickr30k.json` file.
+
+    Args:
+        captions: the JSON file: {images: [{filename, filepath, split, sentences: [{raw}]}]}.
+        images: folder of the pictures, with or without COCO's subfolders (`filepath`).
+        split: val or test; a `restval` picture belongs to training.
+
+    Raises:
+        ShardError: a file of another layout, an empty split, or pictures that are not there.
+    """
+    try:
+        listed = json.loads(Path(captions).read_text(encoding="utf-8"))["images"]
+        chosen = [entry for entry in listed if entry["split"] == split]
+        rows = [
+            (e.get("filepath", ""), e["filename"], [s["raw"].strip() for s in e["sentences"]])
+            for e in chosen
+        ]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ShardError(f"'{captions}' is no file of Karpathy splits: {error!r}") from error
+    entries, missing = [], []
+    for folder, name, lines in rows:
+        paths = [Path(images) / folder / name, Path(images) / name]
+        found = next((path for path in paths if path.is_file()), None)
+        if found is None:
+            missing.append(name)
+        else:
+            entries.append(Entry(name, found.read_bytes, lines))
+    if missing:
+        raise ShardError(
+            f"'{captions}' names {len(missing)} images that '{images}' does not have, the first is"
+            f" '{missing[0]}': point to the folder of the pictures"
+        )
+    return EntrySet(f"{captions}, {split}", entries, transform)
+
+
+def label_tensor(sets: Sequence[Sequence[int]]) -> Tensor:
+    """Labels of each sample as int64 (N, L), padded with -1."""
+    width = max([1, *map(len, sets)])
+    return torch.tensor([[*own, *[-1] * (width - len(own))] for own in sets], dtype=torch.int64)

@@ -1,0 +1,166 @@
+"""From the settings of an evaluation set to its samples, class names, prompts and tasks.
+
+Everything that can be refused is refused here, before a picture is embedded.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from data_pipelines.evaluation import EvaluationSet, SampleSet
+from data_pipelines.evaluation_files import hugging_face_set, image_folder, karpathy_split
+from eval.config import EvaluationSetConfig
+from eval.image_text import set_prompts
+from eval.prompts import read_classnames
+from eval.subject import Subject
+from eval.tasks import NEED_TEXT, NEED_TRAIN, TASKS
+
+TEMPLATES_FILE = "zeroshot_classification_templates.txt"
+
+
+@dataclass
+class PlannedSet:
+    """One set, ready to be measured."""
+
+    name: str
+    config: EvaluationSetConfig
+    subject: Subject
+    tasks: list[str]
+    classnames: list[str]
+    prompts: list[list[str]]
+    test: SampleSet
+    train: SampleSet | None
+
+
+def plan_set(
+    config: EvaluationSetConfig, subject: Subject, tasks: list[str] | None = None
+) -> PlannedSet:
+    """Open the samples of a set and find out what is measured on it.
+
+    Args:
+        tasks: of sets that name none of their own.
+
+    Raises:
+        ShardError, ValueError: what cannot be measured, and why.
+    """
+    config = complete(config)
+    own = config.tasks or tasks or _implied(config)
+    where = config.data or config.shards
+    _check_tasks(own, config, subject, where)
+    subject = subject.for_set(config.resize_mode)
+    names = read_classnames(config.classnames) if config.classnames else []
+    labelled = set(own) - {"retrieval"}
+    test = _open(config, subject, config.split, config.shards, len(names), bool(labelled))
+    train = None
+    if set(own) & NEED_TRAIN:
+        train = _open(config, subject, config.train_split, config.train_shards, len(names), True)
+    names = names or list(getattr(test, "classnames", []))
+    if labelled and not names:
+        raise ValueError(f"evaluation set '{where}' has no class names: set classnames")
+    if labelled:
+        _check_labels(test, names, where)
+    prompts = set_prompts(config, names) if "zero_shot_classification" in own else []
+    name = config.name or Path(config.data or Path(config.shards).parent).name
+    return PlannedSet(name, config, subject, own, names, prompts, test, train)
+
+
+def complete(config: EvaluationSetConfig) -> EvaluationSetConfig:
+    """Fill in what a folder in CLIP_benchmark's layout says about itself."""
+    if not config.data or config.shards:
+        return config
+    root = Path(config.data)
+    if not list(root.glob(f"{config.split}/*.tar")):
+        return config
+    found = replace(config, shards=f"{root}/{config.split}/*.tar", data="")
+    found.name = config.name or root.name
+    if not config.classnames and (root / "classnames.txt").is_file():
+        found.classnames = str(root / "classnames.txt")
+    if config.templates == EvaluationSetConfig().templates and (root / TEMPLATES_FILE).is_file():
+        found.templates = [str(root / TEMPLATES_FILE)]
+    if list(root.glob(f"{config.train_split}/*.tar")) and not config.train_shards:
+        found.train_shards = f"{root}/{config.train_split}/*.tar"
+    if config.caption_key is None and not found.classnames:
+        found.caption_key = "txt"
+    return found
+
+
+def _implied(config: EvaluationSetConfig) -> list[str]:
+    named = {"zero_shot_classification": config.classnames, "retrieval": config.caption_key}
+    return [task for task, setting in named.items() if setting]
+
+
+def _check_tasks(
+    tasks: list[str], config: EvaluationSetConfig, subject: Subject, where: str
+) -> None:
+    unknown = [task for task in tasks if task not in TASKS]
+    if unknown:
+        raise ValueError(f"task '{unknown[0]}' is unknown: choose from {', '.join(TASKS)}")
+    if not tasks:
+        raise ValueError(
+            f"evaluation set '{where}' measures nothing: set classnames for zero-shot"
+            " classification, caption_key for retrieval, or tasks"
+        )
+    if config.class_prompts and not config.classnames:
+        raise ValueError(
+            f"class_prompts '{config.class_prompts}' needs classnames, the file that orders"
+            " the labels"
+        )
+    blind = [task for task in tasks if task in NEED_TEXT]
+    if blind and subject.encode_text is None:
+        raise ValueError(f"model '{subject.name}' has no text tower: {blind[0]} needs one")
+    if any(k < 1 for k in config.recall_ks):
+        raise ValueError(f"every k must be at least 1, got {config.recall_ks}")
+    if set(tasks) & NEED_TRAIN and config.shards and not config.train_shards:
+        raise ValueError(f"evaluation set '{where}': probes learn from train_shards: set them")
+    if set(tasks) & NEED_TRAIN and config.label_kind != "single":
+        raise ValueError("probes need label_kind single")
+
+
+def _open(
+    config: EvaluationSetConfig,
+    subject: Subject,
+    split: str,
+    shards: str,
+    classes: int,
+    labelled: bool,
+) -> SampleSet:
+    transform = subject.transform
+    if shards:
+        if labelled and not classes:
+            raise ValueError(f"evaluation set '{shards}' has no class names: set classnames")
+        samples = EvaluationSet(
+            shards,
+            8,
+            image_keys=config.image_keys,
+            caption_key=config.caption_key,
+            label_key=config.label_key if labelled else None,
+            num_classes=classes,
+            several=config.label_kind != "single",
+        )
+        samples.transform = transform
+        return samples
+    path = Path(config.data)
+    if path.suffix == ".json":
+        return karpathy_split(config.data, config.images, split, transform)
+    saved = (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()
+    if saved or not path.is_dir() or list(path.glob("**/*.parquet")):
+        label = config.label_key if labelled else None
+        if label == EvaluationSetConfig().label_key:
+            label = "label"  # the usual name of the column
+        return hugging_face_set(config.data, split, transform, label, config.caption_key)
+    return image_folder(str(path / split if (path / split).is_dir() else path), transform)
+
+
+def _check_labels(samples: SampleSet, names: list[str], where: str) -> None:
+    """Labels that are known without decoding must have names."""
+    entries = getattr(samples, "entries", None)
+    highest = max((entry.label for entry in entries), default=-1) if entries else -1
+    if entries is None and isinstance(samples, EvaluationSet) and not samples.several:
+        for number in range(len(samples)):
+            samples.label(number)
+    if highest >= len(names):
+        raise ValueError(
+            f"evaluation set '{where}' has label {highest}, but there are {len(names)} classes:"
+            " give the names that belong to the labels"
+        )
