@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import warnings
 from collections.abc import Iterator
@@ -15,11 +16,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from encoders.export.model import DualEncoder, ExportError, save_json
+from encoders.export.onnx_operators import translations
 from encoders.export.tokenizer import save_tokenizer
+from encoders.sparse_base import SparseMoE
 
-# More than one, because a batch of one is taken for a constant, and a multiple of any usual group
-# of images that are routed together.
-EXAMPLES = 2
+EXAMPLES = 2  # more than one, which torch takes for a constant
 TOLERANCE = 1e-4
 
 
@@ -39,8 +40,9 @@ def write_onnx(encoder: DualEncoder, folder: Path) -> None:
 
     `image.onnx` takes `pixel_values` float32 (B, 3, S, S), normalised, to `image_embeds` (B, D);
     `text.onnx` takes `input_ids` int64 (T, L), padded to L as the config says, to `text_embeds`
-    (T, D). B and T are free, all embeddings have length 1. Both graphs are run and compared with
-    the model before this function returns.
+    (T, D). B and T are free, all embeddings have length 1. Layers that route several images
+    together (`group_size`) route each alone, as they do for a batch of one. Both graphs are run
+    and compared with the model before this function returns.
 
     Args:
         encoder: what to write, on the CPU.
@@ -77,7 +79,10 @@ def write_onnx(encoder: DualEncoder, folder: Path) -> None:
 
 
 def _write_tower(tower: Any, example: Tensor, name: str, output: str, path: Path) -> None:
-    module = _UnitEmbedding(tower).eval()
+    module = _UnitEmbedding(copy.deepcopy(tower)).eval()
+    for part in module.modules():
+        if isinstance(part, SparseMoE):
+            part.group_size = 1
     try:
         with torch.no_grad(), _quiet():
             torch.onnx.export(
@@ -88,6 +93,7 @@ def _write_tower(tower: Any, example: Tensor, name: str, output: str, path: Path
                 output_names=[output],
                 dynamic_shapes=({0: torch.export.Dim("batch")},),
                 dynamo=True,
+                custom_translation_table=translations(),
                 external_data=False,
                 verbose=False,
             )

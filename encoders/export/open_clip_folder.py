@@ -12,14 +12,17 @@ from encoders.hugging_face_text import TEXT_FOLDER
 CONFIG, WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
 
 
-def write_open_clip(encoder: DualEncoder, folder: Path, hub_name: str | None = None) -> None:
+def write_open_clip(
+    encoder: DualEncoder, folder: Path, place: Path | None = None, hub_name: str | None = None
+) -> None:
     """Write config, weights and tokenizer.
 
     Args:
         encoder: what to write.
         folder: exists, and is empty.
-        hub_name: owner/name that the folder is for. open_clip looks for the config of a Hugging
-            Face text tower by a path or a name on the hub: this one, or `folder` as it is now.
+        place: where the folder will be; `folder` if None. open_clip looks for the config of a
+            Hugging Face text tower by an absolute path, or by a name on the hub.
+        hub_name: owner/name on the hub that the folder is for, in place of the path.
 
     Raises:
         ExportError: a model that open_clip 3.3 cannot build.
@@ -29,13 +32,12 @@ def write_open_clip(encoder: DualEncoder, folder: Path, hub_name: str | None = N
     config = dict(encoder.config)
     if encoder.text_model is not None:
         save_json(encoder.text_model, folder / TEXT_FOLDER / "config.json")
-        place = str((folder / TEXT_FOLDER).absolute())
         if hub_name is not None:
             save_json(encoder.text_model, folder / "config.json")  # where a name is looked up
-            place = hub_name
+        there = (place or folder).absolute()
         config["text_cfg"] = config["text_cfg"] | {
-            "hf_model_name": place,
-            "hf_tokenizer_name": hub_name or str(folder.absolute()),
+            "hf_model_name": hub_name or str(there / TEXT_FOLDER),
+            "hf_tokenizer_name": hub_name or str(there),
             "hf_model_pretrained": False,
         }
     save_json({"model_cfg": config, "preprocess_cfg": encoder.preprocess}, folder / CONFIG)
