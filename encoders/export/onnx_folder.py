@@ -60,8 +60,8 @@ def write_onnx(encoder: DualEncoder, folder: Path) -> None:
     size = encoder.image_size
     images = torch.randn(EXAMPLES, 3, size, size, generator=torch.Generator().manual_seed(0))
     texts = encoder.tokenizer(["a photo of a dog", "two"][:EXAMPLES])
-    _write_tower(encoder.model.visual, images, "pixel_values", "image_embeds", folder / "image.onnx")
-    _write_tower(encoder.model.text, texts, "input_ids", "text_embeds", folder / "text.onnx")
+    write_tower(encoder.model.visual, images, "pixel_values", "image_embeds", folder / "image.onnx")
+    write_tower(encoder.model.text, texts, "input_ids", "text_embeds", folder / "text.onnx")
     bias = encoder.model.logit_bias
     save_json(
         {
@@ -78,7 +78,19 @@ def write_onnx(encoder: DualEncoder, folder: Path) -> None:
     save_tokenizer(encoder, folder)
 
 
-def _write_tower(tower: Any, example: Tensor, name: str, output: str, path: Path) -> None:
+def write_tower(tower: Any, example: Tensor, name: str, output: str, path: Path) -> None:
+    """Write a tower whose embeddings get length 1 as one graph, and compare it with the tower.
+
+    Args:
+        tower: maps a batch of inputs to a batch of embeddings.
+        example: two inputs.
+        name: of the graph's input.
+        output: name of its output.
+        path: file to write.
+
+    Raises:
+        ExportError: see `write_onnx`.
+    """
     module = _UnitEmbedding(copy.deepcopy(tower)).eval()
     for part in module.modules():
         if isinstance(part, SparseMoE):
