@@ -15,7 +15,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from transformers import (
     AutoConfig,
@@ -89,7 +89,7 @@ class SoftMoEClipModel(PreTrainedModel):
 
     config_class = SoftMoEClipConfig
     main_input_name = "pixel_values"
-    input_modalities = ("image", "text")
+    input_modalities: Any = ("image", "text")
     supports_gradient_checkpointing = True
     _supports_sdpa = True
 
@@ -107,7 +107,8 @@ class SoftMoEClipModel(PreTrainedModel):
         for module in self.modules():
             names = module._non_persistent_buffers_set
             if names:  # they are in no checkpoint, and transformers empties them
-                module.constants = {n: getattr(module, n).clone() for n in names}
+                constants = {name: getattr(module, name).clone() for name in names}
+                module.__dict__["constants"] = constants  # not moved with the module
         self.post_init()
 
     def _init_weights(self, module: Any) -> None:
@@ -121,11 +122,11 @@ class SoftMoEClipModel(PreTrainedModel):
             for name, value in getattr(module, "constants", {}).items():
                 getattr(module, name).copy_(value)
 
-    def _set_gradient_checkpointing(self, enable: bool = True, **_: Any) -> None:
+    def _set_gradient_checkpointing(self, enable: bool = True, *_: Any, **__: Any) -> None:
         self.visual.set_grad_checkpointing(enable)
         self.text.set_grad_checkpointing(enable)
 
-    def get_input_embeddings(self) -> nn.Module | None:
+    def get_input_embeddings(self) -> Any:
         """None: pixels have no table, and texts are embedded inside their tower."""
         return None
 

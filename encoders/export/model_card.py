@@ -111,7 +111,9 @@ def card_text(card: Card) -> str:
 
 
 def _routers(routers: Mapping[str, str]) -> str:
-    return _table(("blocks", "layer"), routers.items()) if routers else "None: all layers are dense."
+    return (
+        _table(("blocks", "layer"), routers.items()) if routers else "None: all layers are dense."
+    )
 
 
 def _training(run: RunFacts) -> str:

@@ -14,7 +14,9 @@ import torch
 
 def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     """What `torch.onnx.export` takes as `custom_translation_table`; needs onnxscript."""
-    from onnxscript import opset18 as op
+    from onnxscript import opset18
+
+    op: Any = opset18
 
     def sort(self: Any, stable: bool = True, dim: int = -1, descending: bool = False) -> Any:
         # Integers as doubles, which hold them exactly: not every runtime sorts integers.

@@ -44,7 +44,8 @@ def clip_tokenizer(context_length: int) -> PreTrainedTokenizerFast:
     source = SimpleTokenizer(context_length=context_length)
     marks = {"<start_of_text>": START, "<end_of_text>": END}
     vocabulary = {marks.get(token, token): number for token, number in source.encoder.items()}
-    backend = CLIPTokenizer(vocab=vocabulary, merges=list(source.bpe_ranks)).backend_tokenizer
+    merges: Any = list(source.bpe_ranks)
+    backend = CLIPTokenizer(vocab=vocabulary, merges=merges).backend_tokenizer
     steps = [normalizers.Replace(entity, plain) for entity, plain in PLAIN]
     steps += [normalizers.Replace(Regex(curly), plain) for curly, plain in QUOTES]
     backend.normalizer = normalizers.Sequence([*steps, backend.normalizer])

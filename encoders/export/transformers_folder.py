@@ -36,9 +36,9 @@ def write_transformers(encoder: DualEncoder, folder: Path) -> None:
     config.architectures = [f"{kind}Model"]
     config.dtype = "float32"
     names = ("AutoModel", "AutoModelForZeroShotImageClassification")
-    config.auto_map = {"AutoConfig": f"{MODEL_MODULE}.{kind}Config"} | {
-        name: f"{MODEL_MODULE}.{kind}Model" for name in names
-    }
+    config.auto_map = {"AutoConfig": f"{MODEL_MODULE}.{kind}Config"} | dict.fromkeys(
+        names, f"{MODEL_MODULE}.{kind}Model"
+    )
     CLIPProcessor(image_processor(encoder), export_tokenizer(encoder)).save_pretrained(folder)
     config.save_pretrained(folder)
     save_weights(encoder.model, folder / "model.safetensors")
@@ -92,11 +92,11 @@ def code_closure(module: str) -> list[str]:
 
 def portable_code(module: str) -> str:
     """The source of a module of `encoders` that imports its neighbours in the same folder."""
-    origin = f"# {PACKAGE.name}/{module}.py of softmoe-clip {version('softmoe-clip')}, Apache-2.0.\n"
+    origin = (
+        f"# {PACKAGE.name}/{module}.py of softmoe-clip {version('softmoe-clip')}, Apache-2.0.\n"
+    )
     return origin + OWN_IMPORT.sub(r"\1from .\2 import ", _source(module))
 
 
 def _source(module: str) -> str:
     return (PACKAGE / f"{module}.py").read_text(encoding="utf-8")
-
-

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
@@ -29,51 +28,14 @@ from scripts import export, train_contrastive
 
 ROOT = Path(__file__).parents[2]
 TEST = "soft_moe_vit_test_patch16_64"
-NOT_COPIED = shutil.ignore_patterns(
-    ".*", "*.egg-info", "__pycache__", "build", "data", "dist", "runs", "golden"
-)
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "red", "green", "blue", "square"]
-TEXTS = ["a red square", "Green & <blue>!?", "it’s “a” photo of 12 dogs,  isn't it", ""]
+TEXTS = [
+    "a red square",
+    "Green & <blue>!?",
+    "it\u2019s \u201ca\u201d photo of 12 dogs,  isn't it",
+    "",
+]
 TEXTS += [f"{'very ' * count}long caption number {count}" for count in range(46)]
-
-
-@pytest.fixture(scope="session")
-def make_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """A folder that the first worker to ask for it fills, while others wait."""
-    base = tmp_path_factory.getbasetemp()
-    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
-
-    def make(name: str, fill: Callable[[Path], None]) -> Path:
-        folder = base / f"shared_{name}"
-        with open(base / f"{name}.lock", "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if not (folder / "complete").exists():
-                shutil.rmtree(folder, ignore_errors=True)
-                folder.mkdir()
-                fill(folder)
-                (folder / "complete").touch()
-        return folder
-
-    return make
-
-
-@pytest.fixture(scope="session")
-def wheel(make_once: Callable[..., Path]) -> Path:
-    """Folder with our wheel, built from a copy of the repository, and `site`, where it is
-    installed."""
-
-    def fill(folder: Path) -> None:
-        copy = folder / "source"
-        shutil.copytree(ROOT, copy, ignore=NOT_COPIED)
-        pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
-        build = ["wheel", "--no-deps", "--no-build-isolation", "-w", str(folder), str(copy)]
-        subprocess.run([*pip, *build], check=True, capture_output=True)
-        shutil.rmtree(copy)
-        (file,) = folder.glob("*.whl")
-        target = ["install", "--no-deps", "--target", str(folder / "site"), str(file)]
-        subprocess.run([*pip, *target], check=True, capture_output=True)
-
-    return make_once("wheel", fill)
 
 
 def checkpoint(folder: Path, text: dict[str, Any], arguments: dict[str, Any], **more: Any) -> Path:

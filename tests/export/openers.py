@@ -109,9 +109,7 @@ def from_transformers(folder: Path, expected: Expected, **options: Any) -> dict[
         found["logits"] = (output.logits_per_image - logits).abs().max().item()
         labels = expected.texts[:4]
         classify: Any = pipeline("zero-shot-image-classification", model=str(folder), **options)
-        answers = classify(
-            expected.pictures[0], candidate_labels=labels, hypothesis_template="{}"
-        )
+        answers = classify(expected.pictures[0], candidate_labels=labels, hypothesis_template="{}")
         row = logits[0, : len(labels)]
         scores = row.sigmoid() if "bias" in expected.tensors else row.softmax(-1)
         told = {answer["label"]: answer["score"] for answer in answers}

@@ -127,7 +127,9 @@ def test_what_cannot_be_exported_is_refused_in_one_line(
         ([clip, out, "--push=tiny"], "write owner/name"),
         ([clip, out, "--dry_run=true"], "set --push"),
     ):
-        assert problem in refusal(capsys, *arguments, *(["--to=open_clip"] if not arguments else []))
+        assert problem in refusal(
+            capsys, *arguments, *(["--to=open_clip"] if not arguments else [])
+        )
     assert not (tmp_path / "out").exists()
     assert not list(tmp_path.glob(".out*"))
 

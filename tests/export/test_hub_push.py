@@ -89,7 +89,5 @@ def test_a_dry_run_lists_what_would_be_pushed(
     lines = capsys.readouterr().out.splitlines()
     start = lines.index("lab/tiny would get:") + 1
     listed = {line.split()[-1]: line.split()[0].replace(",", "") for line in lines[start:]}
-    assert listed == {
-        path.name: str(path.stat().st_size) for path in (tmp_path / "out").iterdir()
-    }
+    assert listed == {path.name: str(path.stat().st_size) for path in (tmp_path / "out").iterdir()}
     assert set(listed) == {"README.md", "config.json", "model.safetensors"}
