@@ -28,6 +28,9 @@ class Export:
     """The library that is to open the folder. Models of classification runs go to timm."""
     out: str = ""
     """A new folder."""
+    weights: Literal["checkpoint", "average", "training"] = "checkpoint"
+    """Those that the checkpoint opens with, their moving average (of runs with train.ema_decay),
+    or those in training (where train.ema_export made the checkpoint open with the average)."""
     license: str | None = None
     """Licence of the weights, by the hub's name for it such as apache-2.0, mit, cc-by-nc-4.0 or
     other. It follows from the data and is yours to state: null leaves it open, and nothing is
@@ -62,7 +65,9 @@ def export(config: Export) -> None:
     partial.mkdir(parents=True)
     try:
         model = _write(config, source, partial, out)
-        card = describe(model, source, config.to, str(out), config.license, config.push)
+        card = describe(
+            model, source, config.to, str(out), config.license, config.push, config.weights
+        )
         write_card(card, partial)
         if out.exists():
             out.rmdir()  # empty, or it would have been refused
@@ -105,7 +110,7 @@ def _write(config: Export, source: Any, folder: Path, out: Path) -> Any:
     """The folder without its card; returns the model."""
     from encoders.export.model import ExportError, image_tower
     from encoders.export.timm_folder import write_timm
-    from scripts.export_source import open_classifier, open_dual_encoder
+    from scripts.export_source import choose_weights, open_classifier, open_dual_encoder
 
     if not source.is_dual_encoder:
         if config.to != "timm":
@@ -114,9 +119,11 @@ def _write(config: Export, source: Any, folder: Path, out: Path) -> Any:
                 " transformers opens, too"
             )
         classifier = open_classifier(source)
+        choose_weights(classifier.model, source, config.weights)
         write_timm(classifier, folder)
         return classifier
     encoder = open_dual_encoder(source)
+    choose_weights(encoder.model, source, config.weights)
     if config.to == "timm":
         image = image_tower(encoder)
         write_timm(image, folder)

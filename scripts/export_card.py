@@ -53,6 +53,10 @@ CODE = {
     "sentence-transformers": SENTENCE_TRANSFORMERS,
     "onnx": ONNX,
 }
+WEIGHTS = {
+    "average": {"weights": "moving average; figures of the run that begin with ema/ are its own"},
+    "training": {"weights": "those in training, not their moving average"},
+}
 OWN_CODE = (
     "trust_remote_code runs the Python files of this folder; they need torch, timm, open_clip_torch"
     " and transformers. Where softmoe-clip is installed, `import encoders.transformers_clip` opens"
@@ -67,6 +71,7 @@ def describe(
     out: str,
     licence: str | None,
     hub_name: str | None,
+    weights: str = "checkpoint",
 ) -> Card:
     """The card of `model`, exported for `target` to `out` and, perhaps, to the hub."""
     name = hub_name or out
@@ -81,7 +86,7 @@ def describe(
         target=target,
         licence=licence,
         code=code,
-        model=_facts(model),
+        model=_facts(model) | WEIGHTS.get(weights, {}),
         routers=_routers(model.model if isinstance(model, DualEncoder) else image),
         run=run_facts(source),
         limits=_limits(model, target, hub_name),

@@ -16,12 +16,20 @@ from encoders.hugging_face_text import TEXT_FOLDER
 from eval.image_tower import TIMM_FILE, open_image_tower
 from eval.open_model import CONFIG_FILE, WEIGHTS_FILE, open_model
 from eval.prompts import read_classnames
-from training.checkpoint import CheckpointError, newest_checkpoint, read_state
+from training.checkpoint import (
+    CheckpointError,
+    load_tensors,
+    load_weights,
+    newest_checkpoint,
+    read_state,
+)
 from training.run_directory import SETTINGS
 
+# Beside the weights of a run that averages them; the average is of trained parameters only.
+AVERAGE, TRAINED = "average.safetensors", "training_weights.safetensors"
 TIMM_WEIGHTS = "model.safetensors"
 # How a figure's interval is written beside it.
-INTERVALS = (("_low", "_high"), ("_ci_low", "_ci_high"), ("/low", "/high"))
+INTERVALS = (("_low", "_high"), ("_ci95_low", "_ci95_high"), ("/low", "/high"))
 
 
 @dataclass(frozen=True)
@@ -108,6 +116,35 @@ def open_classifier(source: Source) -> ImageModel:
         opened.image_size,
         _classes(source, opened.model.num_classes),
     )
+
+
+def choose_weights(model: Any, source: Source, which: str) -> None:
+    """Load the averaged weights, or those in training, that lie beside what a checkpoint opens with.
+
+    Args:
+        model: that was opened, whose parameters have the names of the files.
+        which: "checkpoint", "average" or "training".
+
+    Raises:
+        ExportError: the run has not averaged its weights.
+    """
+    average, trained = source.folder / AVERAGE, source.folder / TRAINED
+    if which == "checkpoint" or (which == "training" and not trained.is_file()):
+        return
+    if which == "training":
+        load_weights(model, load_tensors(trained), str(trained))
+        return
+    if not average.is_file():
+        raise ExportError(
+            f"'{source.folder}' has no averaged weights: train with --train.ema_decay, or export"
+            " --weights checkpoint"
+        )
+    tensors = {name: value for name, value in load_tensors(average).items() if name != "updates"}
+    whole = model.state_dict()
+    tensors = {
+        name: value.to(whole[name].dtype) for name, value in tensors.items() if name in whole
+    }
+    load_weights(model, whole | tensors, str(average))
 
 
 def _classes(source: Source, count: int) -> tuple[str, ...]:
