@@ -119,7 +119,7 @@ def open_classifier(source: Source) -> ImageModel:
 
 
 def choose_weights(model: Any, source: Source, which: str) -> None:
-    """Load the averaged weights, or those in training, that lie beside what a checkpoint opens with.
+    """Load the averaged weights, or those in training, beside what a checkpoint opens with.
 
     Args:
         model: that was opened, whose parameters have the names of the files.
@@ -139,12 +139,10 @@ def choose_weights(model: Any, source: Source, which: str) -> None:
             f"'{source.folder}' has no averaged weights: train with --train.ema_decay, or export"
             " --weights checkpoint"
         )
-    tensors = {name: value for name, value in load_tensors(average).items() if name != "updates"}
-    whole = model.state_dict()
-    tensors = {
-        name: value.to(whole[name].dtype) for name, value in tensors.items() if name in whole
-    }
-    load_weights(model, whole | tensors, str(average))
+    tensors, whole = load_tensors(average), model.state_dict()
+    tensors.pop("updates", None)
+    typed = {name: value.to(whole[name].dtype) for name, value in tensors.items() if name in whole}
+    load_weights(model, whole | tensors | typed, str(average))  # refuses those of other models
 
 
 def _classes(source: Source, count: int) -> tuple[str, ...]:
