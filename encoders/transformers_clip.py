@@ -159,7 +159,8 @@ class SoftMoEClipModel(PreTrainedModel):
             kept = ids != self._padding if mask is None else mask.bool()
         ids = ids.masked_fill(~kept, self._padding)
         if ids.shape[1] <= self.context_length:
-            return ids
+            # open_clip's transformer takes one length only; the others do not see the padding.
+            return F.pad(ids, (0, self.context_length - ids.shape[1]), value=self._padding)
         lengths = kept.sum(1, keepdim=True)
         last = ids.gather(1, lengths.sub(1).clamp(min=0))
         ids = ids[:, : self.context_length]

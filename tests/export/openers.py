@@ -133,4 +133,4 @@ def from_sentence_transformers(folder: Path, expected: Expected, **options: Any)
 
 
 def tell(report: dict[str, Any]) -> None:
-    print(json.dumps(report, default=str))
+    print("\n" + json.dumps(report, default=str))  # a library may have left a line open
