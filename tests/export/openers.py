@@ -109,6 +109,9 @@ def from_transformers(folder: Path, expected: Expected, **options: Any) -> dict[
         found["logits"] = (output.logits_per_image - logits).abs().max().item()
         labels = expected.texts[:4]
         classify: Any = pipeline("zero-shot-image-classification", model=str(folder), **options)
+        alone = processor.tokenizer(expected.texts[0], return_tensors="pt")
+        short = model.get_text_features(**alone).pooler_output[0]
+        found["short"] = (short - expected.tensors["text"][0]).abs().max().item()
         answers = classify(expected.pictures[0], candidate_labels=labels, hypothesis_template="{}")
         row = logits[0, : len(labels)]
         scores = row.sigmoid() if "bias" in expected.tensors else row.softmax(-1)
