@@ -20,6 +20,7 @@ from encoders.export.onnx_operators import translations
 from encoders.export.tokenizer import save_tokenizer
 from encoders.sparse_base import SparseMoE
 
+LARGEST = 1 << 30  # bytes of weights in one file, of which protobuf holds less than 2 GiB
 EXAMPLES = 2  # more than one, which torch takes for a constant
 TOLERANCE = 1e-4
 
@@ -106,13 +107,17 @@ def write_tower(tower: Any, example: Tensor, name: str, output: str, path: Path)
                 dynamic_shapes=({0: torch.export.Dim("batch")},),
                 dynamo=True,
                 custom_translation_table=translations(),
-                external_data=False,
+                external_data=_bytes(module) > LARGEST,
                 verbose=False,
             )
     except Exception as error:  # of many kinds, for there is no one place where it can stop
         reason = str(error).strip().splitlines()[0] if str(error) else type(error).__name__
         raise ExportError(f"{path.name} cannot be made: torch.onnx says '{reason}'") from error
     _compare(module, example, path)
+
+
+def _bytes(module: nn.Module) -> int:
+    return sum(value.nbytes for value in module.state_dict().values())
 
 
 @torch.no_grad()

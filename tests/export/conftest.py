@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
@@ -163,8 +164,12 @@ def exports(make_once: Callable[..., Path], shards: Path) -> Path:
             for target in targets:
                 export.main([str(given), f"--to={target}", f"--out={folder / name / target}"])
 
-    os.environ["ACCELERATE_USE_CPU"] = "true"
-    return make_once("exports", fill)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ACCELERATE_USE_CPU", "true")
+        AcceleratorState._reset_state(reset_partial_state=True)
+        folder = make_once("exports", fill)
+        AcceleratorState._reset_state(reset_partial_state=True)
+    return folder
 
 
 @pytest.fixture(scope="session")
