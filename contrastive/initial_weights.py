@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from contrastive.config import ImageTowerConfig, TextTowerConfig
 from contrastive.weight_sources import (
     Source,
+    check_hidden,
     check_image_description,
     check_pixels,
     check_text_description,
@@ -93,9 +94,11 @@ def load_image_tower(
     check_image_description(source, config["vision_cfg"])
     trunk = model.visual.trunk
     check_pixels(source, trunk.pretrained_cfg)
-    tensors, left_out = dict(source.tensors), ()
+    check_hidden(source, trunk)
+    tensors, left_out = dict(source.tensors), source.left_out
     if not source.whole:
-        tensors, left_out = _without_classifier(trunk, tensors)
+        tensors, classifier = _without_classifier(trunk, tensors)
+        left_out += classifier
     return _load(model.visual, "image", source, tensors, left_out, image.init_allow)
 
 

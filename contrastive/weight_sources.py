@@ -14,15 +14,24 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from open_clip.model import CLIPTextCfg, convert_to_custom_text_state_dict
 from torch import Tensor
+from transformers import AutoConfig
+from transformers.activations import ACT2FN
 
+from contrastive.transformers_names import image_names, text_names
 from encoders.clip_model import ARGUMENTS, DESCRIBED
 from encoders.hub import HUB_PREFIX, hub_folder
 from encoders.hugging_face_text import TEXT_FOLDER, text_model_folder
 from encoders.variants import input_size
 from training.checkpoint import CheckpointError, load_tensors, newest_checkpoint
 
+# Where a dual encoder exported for transformers keeps its description.
+MODEL_CONFIG = "model_cfg"
+# Of transformers, whose text towers open_clip's transformer can hold.
+IMAGE_TYPES = ("clip", "clip_vision_model", "siglip", "siglip_vision_model", "vit")
+TEXT_TYPES = ("clip", "clip_text_model", "soft_moe_clip", "soft_moe_siglip")
 LOCAL_PREFIX = "local-dir:"
 PIXELS = "pixels"  # where a description of ours keeps mean and std
 CLIP_FILE, TIMM_FILE = "open_clip_config.json", "config.json"
@@ -51,7 +60,8 @@ class Source:
 
     `whole` says that the projection is among them. `description` is that of the model they are
     from, empty if unknown: a `vision_cfg` for image towers, a `model_cfg` for text towers. `hidden`
-    are settings of a Hugging Face model that shapes do not show.
+    are settings of a Hugging Face model that shapes do not show, `left_out` names of parameters
+    that no tower here has.
     """
 
     name: str
@@ -59,6 +69,7 @@ class Source:
     whole: bool
     description: Mapping[str, Any] = field(default_factory=dict)
     hidden: Mapping[str, Any] = field(default_factory=dict)
+    left_out: tuple[str, ...] = ()
 
 
 def image_source(source: str, setting: str = "image.init_from") -> Source:
@@ -82,8 +93,17 @@ def image_source(source: str, setting: str = "image.init_from") -> Source:
         tensors = load_tensors(_weights(path, CLIP_WEIGHTS))
         return Source(str(path), _inside(tensors, "visual."), True, description)
     tensors = load_tensors(path if path.is_file() else _weights(path, TIMM_WEIGHTS))
+    settings = _read_transformers(path)
     if any(name.startswith("visual.") for name in tensors):  # a file of a dual encoder's weights
-        return Source(str(path), _inside(tensors, "visual."), True)
+        vision = settings.get(MODEL_CONFIG, {}).get("vision_cfg", {})
+        return Source(str(path), _inside(tensors, "visual."), True, vision)
+    converted = image_names(tensors, settings)
+    if converted is not None:
+        described = {"timm_pool": converted.pool, PIXELS: _read_processor(path)}
+        return Source(
+            str(path), converted.tensors, converted.whole, described, converted.hidden,
+            converted.left_out,
+        )  # fmt: skip
     named = {f"trunk.{name}": value for name, value in tensors.items()}
     return Source(str(path), named, False, _read_timm_description(path / TIMM_FILE))
 
@@ -96,6 +116,9 @@ def text_source(source: str) -> Source:
     """
     path = _resolve(source, "text.init_from")
     described = (path / CLIP_FILE).is_file()
+    settings = _read_transformers(path)
+    if settings.get("model_type") in TEXT_TYPES:
+        return _transformers_text_source(path, settings)
     if not described and path.is_dir():
         raise CheckpointError(
             f"text.init_from: '{path}' has no {CLIP_FILE}: give an open_clip folder or a"
@@ -111,11 +134,25 @@ def text_source(source: str) -> Source:
     return Source(str(path), tower, True, config, _hidden(path / TEXT_FOLDER))
 
 
+def _transformers_text_source(path: Path, settings: Mapping[str, Any]) -> Source:
+    """The text tower of transformers' CLIP, or of a dual encoder exported for transformers."""
+    tensors = load_tensors(_weights(path, TIMM_WEIGHTS))
+    converted = text_names(tensors, settings)
+    if converted is None:
+        found, described = _inside(tensors, "text."), settings[MODEL_CONFIG]
+    else:
+        found, described = converted
+    return Source(str(path), found, True, described, settings.get("text_model") or {})
+
+
 def check_image_description(source: Source, vision: Mapping[str, Any]) -> None:
     """Raise CheckpointError unless the weights belong to the model of `vision`, a `vision_cfg`."""
     if not source.description:
         return
-    theirs, ours = source.description["timm_model_name"], vision["timm_model_name"]
+    _check_pool(source, vision)
+    theirs, ours = source.description.get("timm_model_name"), vision["timm_model_name"]
+    if theirs is None:  # of transformers, which has no timm names
+        return
     if theirs.partition(".")[0] != ours.partition(".")[0]:
         raise CheckpointError(
             f"image.init_from: '{source.name}' is a {theirs}: set image.name to it, not to {ours}"
@@ -129,6 +166,9 @@ def check_image_description(source: Source, vision: Mapping[str, Any]) -> None:
             f" image.arguments is {json.dumps(given)}: write --image.arguments"
             f" '{json.dumps(needed)}'"
         )
+
+
+def _check_pool(source: Source, vision: Mapping[str, Any]) -> None:
     pool = source.description.get("timm_pool", vision["timm_pool"])
     if pool != vision["timm_pool"]:
         raise CheckpointError(
@@ -200,6 +240,47 @@ def _read_model_config(folder: Path) -> dict[str, Any]:
     if not {"vision_cfg", "text_cfg"} <= config.keys():
         raise CheckpointError(f"'{path}' describes no open_clip model: it lacks model_cfg")
     return config
+
+
+def _read_transformers(path: Path) -> dict[str, Any]:
+    """The config of a model that transformers saved; empty for anything else."""
+    file = path / TIMM_FILE
+    if not file.is_file():
+        return {}
+    content = _read_json(file)
+    if content.get("model_type") in IMAGE_TYPES + TEXT_TYPES[:2]:  # files leave defaults out
+        return AutoConfig.from_pretrained(path, local_files_only=True).to_dict()
+    return {} if "architecture" in content else content
+
+
+def _read_processor(path: Path) -> dict[str, list[float]]:
+    """Mean and deviation of the pixels from the files of a processor, as far as they are told."""
+    for name, part in (("preprocessor_config.json", None), ("processor_config.json", "image")):
+        if (path / name).is_file():
+            content = _read_json(path / name)
+            content = content if part is None else content.get("image_processor") or {}
+            named = {"mean": content.get("image_mean"), "std": content.get("image_std")}
+            return _pixels(named)
+    return {}
+
+
+def check_hidden(source: Source, trunk: Any) -> None:
+    """Raise CheckpointError for weights of another number of heads or another activation than a
+    timm transformer has, which fit all the same."""
+    blocks = getattr(trunk, "blocks", None)
+    if not source.hidden or not blocks:
+        return
+    block: Any = blocks[0]
+    probe = torch.linspace(-3, 3, 13)
+    activation = getattr(block.mlp, "act", None)
+    heads, name = block.attn.num_heads, source.hidden["hidden_act"]
+    same = activation is None or torch.allclose(activation(probe), ACT2FN[name](probe), atol=1e-6)
+    if heads != source.hidden["num_attention_heads"] or not same:
+        raise CheckpointError(
+            f"image.init_from: '{source.name}' has {json.dumps(source.hidden)}, the model here"
+            f" {heads} heads and {type(activation).__name__}: choose the timm model of these"
+            " weights, or set act_layer among image.arguments (quick_gelu, gelu, gelu_tanh)"
+        )
 
 
 def _read_timm_description(path: Path) -> dict[str, Any]:

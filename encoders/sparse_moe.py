@@ -160,8 +160,10 @@ class ExpertsChoice(SparseMoE):
     def assign(self, gates: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
         """Fill the buffers, best first; of equal gates, the earliest token wins."""
         columns = gates.transpose(1, 2)
-        # Doubles leave no bits for the place, and torch.jit.trace cannot record a view as integers.
-        if gates.dtype == torch.float64 or torch.jit.is_tracing():
+        # Doubles leave no bits for the place; torch.jit.trace cannot record a view as integers, and
+        # ONNX has none.
+        recorded = torch.jit.is_tracing() or torch.compiler.is_exporting()
+        if gates.dtype == torch.float64 or recorded:
             order = columns.argsort(dim=-1, descending=True, stable=True)
             token = order[..., :capacity]
             return token, torch.ones_like(token, dtype=torch.bool)

@@ -129,6 +129,12 @@ class SoftMoEVisionTransformer(VisionTransformer):
         values = values.to(kernel.device, kernel.dtype)
         self.register_buffer("pos_embed", values, persistent=False)
 
+    def init_non_persistent_buffers(self) -> None:
+        """What transformers' wrapper of timm calls once weights are loaded: checkpoints leave the
+        fixed position embedding out."""
+        if self.fixed_pos_embed:
+            self._fix_pos_embed()
+
     def _add_representation(self, width: int) -> None:
         if width < 1:
             raise ValueError(f"representation_size must be at least 1 or None, got {width}")

@@ -10,6 +10,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, fields, is_dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar, cast
 
@@ -150,6 +151,7 @@ def run(main: Callable[[], object]) -> None:
     Errors of the libraries keep their traceback, for a user cannot tell what they are about.
     """
     try:
+        _check_owners()
         main()
     except Exception as error:
         if not _is_for_the_user(error):
@@ -159,6 +161,18 @@ def run(main: Callable[[], object]) -> None:
         with suppress(BrokenPipeError):
             print("interrupted", file=sys.stderr)
         raise SystemExit(130) from None
+
+
+def _check_owners() -> None:
+    """Raise ValueError where another project's package is found by the name of one of ours."""
+    for name in sorted(OURS):
+        spec = find_spec(name)
+        origin = "nowhere" if spec is None else str(spec.origin)
+        if spec is None or spec.origin is None or not Path(origin).resolve().is_relative_to(ROOT):
+            raise ValueError(
+                f"the package '{name}' is found in {origin} and not in {ROOT}: uninstall the other"
+                " project of that name, or run in a virtual environment of this one's"
+            )
 
 
 def _is_for_the_user(error: Exception) -> bool:

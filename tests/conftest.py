@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import io
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -15,6 +17,9 @@ import pytest
 ROOT = Path(__file__).parents[1]
 NAMES = ("red", "green", "blue", "white")
 COLOURS = ((220, 40, 40), (40, 200, 60), (50, 60, 220), (240, 240, 240))
+NOT_COPIED = shutil.ignore_patterns(
+    ".*", "*.egg-info", "__pycache__", "build", "data", "dist", "golden", "runs"
+)
 RunPython = Callable[..., subprocess.CompletedProcess[str]]
 
 
@@ -93,3 +98,42 @@ def fresh_accelerate() -> Iterator[None]:
     AcceleratorState._reset_state(reset_partial_state=True)
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(scope="session")
+def make_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """A folder that the first worker to ask for it fills, while others wait."""
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+    def make(name: str, fill: Callable[[Path], None]) -> Path:
+        folder = base / f"shared_{name}"
+        with open(base / f"{name}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not (folder / "complete").exists():
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.mkdir()
+                fill(folder)
+                (folder / "complete").touch()
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def wheel(make_once: Callable[..., Path]) -> Path:
+    """Folder with our wheel, built from a copy of the repository, and `site`, where it is
+    installed."""
+
+    def fill(folder: Path) -> None:
+        copy = folder / "source"
+        shutil.copytree(ROOT, copy, ignore=NOT_COPIED)
+        pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+        build = ["wheel", "--no-deps", "--no-build-isolation", "-w", str(folder), str(copy)]
+        subprocess.run([*pip, *build], check=True, capture_output=True)
+        shutil.rmtree(copy)
+        (file,) = folder.glob("*.whl")
+        target = ["install", "--no-deps", "--target", str(folder / "site"), str(file)]
+        subprocess.run([*pip, *target], check=True, capture_output=True)
+
+    return make_once("wheel", fill)

@@ -81,6 +81,7 @@ def test_importing_config_modules_needs_no_torch() -> None:
         "scripts.inspect_model",
         "scripts.upcycle",
         "scripts.shards",
+        "scripts.export",
     ]
     code = f"import sys; import {', '.join(modules)}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0

@@ -1,0 +1,37 @@
+"""Opens exports where our wheel is installed: python with_package.py ROOT EXPORTS."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from openers import (
+    Expected,
+    from_open_clip,
+    from_sentence_transformers,
+    from_timm,
+    from_transformers,
+    leave,
+    tell,
+)
+
+root, exports = sys.argv[1], Path(sys.argv[2])
+leave(root)
+import encoders  # noqa: E402
+
+report = {"encoders": encoders.__file__}
+folders = {name: exports / name for name in ("clip", "sigmoid", "bert")}
+expected = {name: Expected(folder) for name, folder in folders.items()}
+for name in ("clip", "bert"):
+    report[f"{name} open_clip"] = from_open_clip(folders[name] / "open_clip", expected[name])
+for name in ("clip", "sigmoid"):
+    report[f"{name} timm"] = from_timm(folders[name] / "timm", expected[name])
+import encoders.transformers_clip  # noqa: E402
+
+for name in ("clip", "sigmoid", "bert"):
+    place = folders[name] / "transformers"
+    report[f"{name} transformers"] = from_transformers(place, expected[name])
+place = folders["sigmoid"] / "sentence-transformers"
+report["sigmoid sentence-transformers"] = from_sentence_transformers(place, expected["sigmoid"])
+report["remote code"] = any(name.startswith("transformers_modules") for name in sys.modules)
+tell(report)
