@@ -1,0 +1,147 @@
+"""Serving the page from this machine, to this machine, without asking any other."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+MAX_MESSAGE = 2 << 20  # bytes of a request that is no upload
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+# A browser that holds to this asks nobody but us, whatever stands in the page. Inline scripts and
+# eval are how gradio works.
+POLICY = (
+    "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:;"
+    " style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; font-src 'self' data:;"
+    " worker-src 'self' blob:; frame-ancestors 'none'; form-action 'self'; base-uri 'self'"
+)
+
+
+def keep_to_ourselves(files: Path) -> None:
+    """Before gradio is imported: it sends no statistics and keeps uploads in `files`."""
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+    os.environ["GRADIO_TEMP_DIR"] = str(files)
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A bound socket; port 0 takes a free one.
+
+    Raises:
+        ValueError: the address cannot be had.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    server = socket.socket(family)
+    server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        server.bind((host, port))
+    except OSError as error:
+        server.close()
+        raise ValueError(
+            f"{host}:{port} cannot be used ({error.strerror}): choose another --port or --host"
+        ) from error
+    return server
+
+
+def serve(mount: Callable[[FastAPI], None], server: socket.socket, host: str) -> None:
+    """Answer requests until interrupted.
+
+    Args:
+        mount: puts the page into a web application.
+        server: of `listen`.
+        host: what `listen` was asked for; requests to a loopback address must name one.
+    """
+    import uvicorn
+    from fastapi import FastAPI
+    from starlette.middleware.trustedhost import TrustedHostMiddleware
+
+    app = FastAPI(openapi_url=None)
+    # Otherwise any web page could reach us through a name of its own that leads here.
+    names = ["127.0.0.1", "localhost", "[::1]"] if host in LOOPBACK else ["*"]
+    app.add_middleware(TrustedHostMiddleware, allowed_hosts=names)
+    app.add_middleware(Guard)
+    mount(app)
+    settings = uvicorn.Config(app, log_level="warning", access_log=False)
+    uvicorn.Server(settings).run([server])
+
+
+class Guard:
+    """Adds the policy to every answer, and refuses messages that are too long or name files by URL.
+
+    gradio would fetch such a file from wherever it is.
+    """
+
+    def __init__(self, app: Callable[..., Any]) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+
+        async def guarded(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [
+                    *message.get("headers", []),
+                    (b"content-security-policy", POLICY.encode()),
+                    (b"x-content-type-options", b"nosniff"),
+                    (b"referrer-policy", b"no-referrer"),
+                ]
+            await send(message)
+
+        if scope["method"] == "POST" and not scope["path"].endswith("/upload"):
+            body = await _read_body(receive)
+            if body is None or _names_urls(body):
+                await _refuse(guarded, 413 if body is None else 400)
+                return
+            receive = _replay(body, receive)
+        await self.app(scope, receive, guarded)
+
+
+async def _read_body(receive: Any) -> bytes | None:
+    """The whole body, or None when it is too long."""
+    body, more = b"", True
+    while more:
+        message = await receive()
+        body += message.get("body", b"")
+        more = message.get("more_body", False)
+        if len(body) > MAX_MESSAGE:
+            return None
+    return body
+
+
+def _replay(body: bytes, receive: Any) -> Callable[[], Any]:
+    waiting = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def replay() -> Any:
+        return waiting.pop() if waiting else await receive()
+
+    return replay
+
+
+def _names_urls(body: bytes) -> bool:
+    """Whether a JSON body has a `path` that is a URL, at any depth."""
+    try:
+        waiting = [json.loads(body)]
+    except (ValueError, RecursionError):
+        return False
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, dict):
+            if str(value.get("path")).lstrip().lower().startswith(("http:", "https:")):
+                return True
+            waiting += value.values()
+        elif isinstance(value, list):
+            waiting += value
+    return False
+
+
+async def _refuse(send: Any, status: int) -> None:
+    await send({"type": "http.response.start", "status": status, "headers": []})
+    await send({"type": "http.response.body", "body": b""})
