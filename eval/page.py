@@ -24,7 +24,7 @@ from eval.collection import Hit
 from eval.page_style import CSS
 from eval.playground import Playground, Refused
 
-HITS = 24
+HITS = 14
 CAPTIONS = 10
 SAMPLES = 8
 DRAWN = 320  # pixels of slot maps
@@ -36,7 +36,7 @@ element.addEventListener('click', (event) => {
   if (button) trigger('click', {pick: button.dataset.pick});
 });
 """
-NO_PICTURE = "Drop a picture on the left, or click one of the set's."
+NO_PICTURE = "Drop a picture, or click one of the set's."
 NO_SET = "There is no set of pictures: start the page with --images FOLDER or SHARDS."
 NO_CAPTIONS = (
     "The set has no captions: they are read from a.txt beside a.jpg, or from the caption_key of"
@@ -89,9 +89,13 @@ class Page:
         return list(dict.fromkeys(itertools.chain.from_iterable(own))) or LABELS
 
     def queries(self) -> list[str]:
-        captions = self.playground.collection.captions if self.playground.collection else []
-        count = min(5, len(captions))
-        return [captions[(2 * place + 1) * len(captions) // (2 * count)] for place in range(count)]
+        """Captions of pictures that are not among the first samples, to search with."""
+        if self.playground.collection is None or self.pictures is None:
+            return []
+        numbers = self.playground.collection.numbers.tolist()
+        between = [numbers[(2 * place + 1) * len(numbers) // 10] for place in range(5)]
+        own = [self.pictures.captions(number)[:1] for number in between]
+        return list(dict.fromkeys(itertools.chain.from_iterable(own)))
 
     # What people do
 
@@ -213,8 +217,8 @@ def _lines(text: str) -> list[str]:
 def build_page(playground: Playground, options: PageOptions, files: Path) -> gr.Blocks:
     """Lay out the page."""
     page = Page(playground, options, files)
-    with gr.Blocks(title=options.title, analytics_enabled=False) as blocks:
-        gr.HTML(page_html.headline(options.title, options.facts))
+    with gr.Blocks(title=options.title, analytics_enabled=False, fill_width=True) as blocks:
+        _html(page_html.headline(options.title, options.facts))
         with gr.Row():
             with gr.Column(scale=4, min_width=300):
                 picture = _picture_column(page)
@@ -255,6 +259,7 @@ def _theme() -> Any:
         input_background_fill="#ffffff", input_background_fill_dark="#1d2024",
         button_primary_background_fill="#0b62a8", button_primary_background_fill_dark="#0b62a8",
         button_primary_background_fill_hover="#0b5f9e", button_primary_text_color="#ffffff",
+        slider_color="#0b62a8", slider_color_dark="#6cb2f5",
     )  # fmt: skip
 
 
@@ -272,14 +277,19 @@ def _on(trigger: Any, answer: Callable[..., Any], inputs: Any, outputs: Any) -> 
     )
 
 
+def _html(value: str, name: str | None = None) -> gr.HTML:
+    """Our own markup in our own style; its buttons with `data-pick` are click events."""
+    return gr.HTML(value, js_on_load=PICKS, elem_id=name, apply_default_css=False)
+
+
 def _picture_column(page: Page) -> gr.Image:
     picture = gr.Image(
         label="Picture", sources=["upload", "clipboard"], type="filepath", height=300,
         elem_id="picture", buttons=[], placeholder="Drop a picture here\nor click to choose one",
     )  # fmt: skip
     if page.pictures is not None:
-        gr.HTML('<p class="heading">From your set</p>')
-        samples = gr.HTML(page.samples(), js_on_load=PICKS, elem_id="samples")
+        _html('<p class="heading">From your set</p>')
+        samples = _html(page.samples(), "samples")
         other = gr.Button("Other pictures", size="sm")
         _on(samples.click, page.take, None, picture)
         _on(other.click, lambda: page.samples(shuffled=True), None, samples)
@@ -287,7 +297,7 @@ def _picture_column(page: Page) -> gr.Image:
 
 
 def _naming(page: Page, picture: gr.Image) -> None:
-    scores = gr.HTML(page_html.notice(NO_PICTURE), elem_id="scores")
+    scores = _html(page_html.notice(NO_PICTURE), "scores")
     with gr.Row():
         labels = gr.Textbox(
             "\n".join(page.labels()), label="Labels, one per line", lines=6, max_lines=12,
@@ -302,17 +312,17 @@ def _naming(page: Page, picture: gr.Image) -> None:
 
 
 def _searching(page: Page, picture: gr.Image) -> None:
-    with gr.Row(equal_height=True):
-        query = gr.Textbox(
-            label="What do you look for?", placeholder="type a few words and press Enter",
-            scale=4, min_width=180, elem_id="query",
-        )  # fmt: skip
-        search = gr.Button("Search", variant="primary", scale=1, min_width=90)
-    examples = gr.HTML(page_html.chips(page.queries()), js_on_load=PICKS, elem_id="examples")
-    alike = gr.Button("Pictures like mine", size="sm")
-    found = gr.HTML(page.find(""), js_on_load=PICKS, elem_id="found")
-    gr.HTML('<p class="heading">Captions nearest to your picture</p>')
-    captions = gr.HTML(page.describe(None), js_on_load=PICKS, elem_id="captions")
+    query = gr.Textbox(
+        label="What do you look for?", placeholder="type a few words and press Enter",
+        elem_id="query",
+    )  # fmt: skip
+    with gr.Row():
+        search = gr.Button("Search", variant="primary", size="md", min_width=120)
+        alike = gr.Button("Pictures like mine", size="md", min_width=120)
+    examples = _html(page_html.chips(page.queries()), "examples")
+    found = _html(page.find(""), "found")
+    _html('<p class="heading">Captions nearest to your picture</p>')
+    captions = _html(page.describe(None), "captions")
     for trigger in (query.submit, search.click):
         _on(trigger, page.find, query, found)
     for buttons in (examples, captions):
@@ -326,7 +336,7 @@ def _searching(page: Page, picture: gr.Image) -> None:
 def _looking_inside(page: Page, picture: gr.Image) -> None:
     layers = page.playground.layers
     if not layers:
-        gr.HTML(page_html.notice(page.playground.no_layers), elem_id="inside")
+        _html(page_html.notice(page.playground.no_layers), "inside")
         return
     first = layers[0]
     with gr.Row():
@@ -338,8 +348,8 @@ def _looking_inside(page: Page, picture: gr.Image) -> None:
             0, max(1, first.slots - 1), 0, step=1, label="Slot", interactive=True, min_width=180,
             elem_id="slot",
         )  # fmt: skip
-    inside = gr.HTML(page_html.notice(NO_PICTURE), elem_id="inside")
-    slots = gr.HTML("", js_on_load=PICKS, elem_id="slots")
+    inside = _html(page_html.notice(NO_PICTURE), "inside")
+    slots = _html("", "slots")
     for trigger in (picture.change, layer.change, slot.change):
         _on(trigger, page.slot, [picture, layer, slot], inside)
     for trigger in (picture.change, layer.change):

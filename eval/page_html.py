@@ -110,24 +110,22 @@ def slot_view(picture: Tensor, seen: Tensor, layer: InspectedLayer, slot: int) -
     tokens, slots = dispatch.shape
     grid = patch_grid(seen.shape[1], seen.shape[2], tokens)
     shares = combine * slots / tokens  # 1/M where a token weighs all slots alike
-    panels = [
-        (data_uri(seen), f"What the model sees, {seen.shape[2]} x {seen.shape[1]} pixels", "seen")
-    ]
-    legend = []
+    figures = [_figure("seen", seen, f"The model sees {seen.shape[2]} x {seen.shape[1]} pixels")]
     for weights, title in ((dispatch, "Takes its input from"), (shares, "Gives its output to")):
         top = heat_scale(weights)
         painted = paint_slot(picture, weights[:, slot], grid, top)
-        panels.append((data_uri(painted), title, "map"))
-        legend.append(f"{title.partition(' ')[0].lower()}: {top:.3g}x")
-    figures = "".join(
-        f'<figure class="{kind}"><img src="{source}" alt="{title}">'
-        f"<figcaption>{title}</figcaption></figure>"
-        for source, title, kind in panels
-    )
+        figures.append(_figure("map", painted, title, _scale(top)))
     return (
         f'<div class="slot"><p><b>Block {layer.block}, slot {slot}</b> of expert'
         f" {slot * layer.num_experts // slots}. {_spread(dispatch[:, slot])}</p>"
-        f'<div class="figures">{figures}</div>{_scale(legend)}</div>'
+        f'<div class="figures">{"".join(figures)}</div></div>'
+    )
+
+
+def _figure(kind: str, picture: Tensor | np.ndarray, title: str, below: str = "") -> str:
+    return (
+        f'<figure class="{kind}"><img src="{data_uri(picture)}" alt="{title}">'
+        f"<figcaption>{title}{below}</figcaption></figure>"
     )
 
 
@@ -173,9 +171,10 @@ def _spread(weights: Tensor) -> str:
     return f"Half of its input comes from {half} of {len(weights)} patches."
 
 
-def _scale(ends: Sequence[str]) -> str:
+def _scale(top: float) -> str:
+    """The colours with their ends, in multiples of the average weight."""
     stops = ", ".join(heat_colours())
     return (
-        f'<p class="scale small">1x the average weight <i style="background:linear-gradient(90deg,'
-        f' {stops})"></i> {escape("; ".join(ends))}</p>'
+        '<span class="scale" title="weight, in multiples of the average">1x'
+        f' <i style="background:linear-gradient(90deg, {stops})"></i> {top:.3g}x</span>'
     )

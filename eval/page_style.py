@@ -13,8 +13,9 @@ CSS = """
   --ink: #e9e6e0; --muted: #a8a39a; --line: #33373d; --panel: #1d2024; --tint: #2b2f35;
   --bar: #6cb2f5; --wrong: #ff9c82;
 }
-.gradio-container main { max-width: 76rem; margin: 0 auto; }
-.gradio-container .html-container { padding: 0; }
+.gradio-container main { width: 100%; max-width: 76rem; margin: 0 auto; }
+.gradio-container .html-container { padding: 0; color: var(--ink); }
+#picture img { width: 100%; height: 100%; object-fit: contain; }
 .top h1 { font: 400 clamp(1.6rem, 4vw, 2.3rem)/1.15 var(--serif); color: var(--ink); margin: 0; }
 .top ul { list-style: none; display: flex; flex-wrap: wrap; gap: 0.1rem 1.3rem; margin: 0.4rem 0 0;
   padding: 0; color: var(--muted); font-size: 0.9rem; }
@@ -40,7 +41,8 @@ CSS = """
   gap: 0.6rem; }
 .cards.samples { grid-template-columns: repeat(4, minmax(0, 1fr)); gap: 0.45rem; }
 .cards.slots { grid-template-columns: repeat(auto-fill, minmax(5rem, 1fr)); }
-.card { display: block; width: 100%; min-width: 0; padding: 0.35rem; text-align: left;
+.card { display: flex; flex-direction: column; width: 100%; font-weight: 400;
+  min-width: 0; padding: 0.35rem; text-align: left;
   background: var(--panel); border: 1px solid var(--line); border-radius: 0.5rem; cursor: pointer;
   font-size: 0.8rem; line-height: 1.3; color: var(--ink); }
 .card:hover, .card:focus-visible { border-color: var(--bar); }
@@ -50,13 +52,15 @@ CSS = """
   overflow: hidden; overflow-wrap: anywhere; margin-top: 0.3rem; }
 .card .value { display: block; font-size: 0.75rem; }
 .captions li { margin: 0; }
-.captions button { display: flex; width: 100%; justify-content: space-between; gap: 0.8rem;
+.captions button { display: flex; width: 100%; font-weight: 400;
+  justify-content: space-between; gap: 0.8rem;
   padding: 0.4rem 0.2rem; text-align: left; background: none; border: 0; cursor: pointer;
   border-bottom: 1px solid var(--line); }
 .captions button:hover, .captions button:focus-visible { background: var(--tint); }
 .chips { display: flex; flex-wrap: wrap; gap: 0.4rem; }
 .chips button { padding: 0.25rem 0.7rem; border: 1px solid var(--line); border-radius: 1rem;
-  background: var(--panel); color: var(--ink); font-size: 0.85rem; cursor: pointer;
+  background: var(--panel); color: var(--ink); font-size: 0.85rem; font-weight: 400;
+  cursor: pointer;
   max-width: 100%; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
 .chips button:hover, .chips button:focus-visible { border-color: var(--bar); }
 
@@ -67,11 +71,14 @@ CSS = """
   border: 1px solid var(--line); }
 .figures .seen img { image-rendering: pixelated; }
 .figures figcaption { font-size: 0.85rem; color: var(--muted); margin-top: 0.3rem; }
-.slot .scale { color: var(--muted); margin: 0.7rem 0 0; display: flex; flex-wrap: wrap;
-  align-items: center; gap: 0.2rem 0.6rem; }
-.scale i { display: inline-block; width: 8rem; height: 0.6rem; border-radius: 0.3rem; }
+.scale { display: flex; align-items: center; gap: 0.4rem; font-variant-numeric: tabular-nums; }
+.scale i { flex: 1; max-width: 8rem; height: 0.5rem; border-radius: 0.25rem; }
 @media (max-width: 40rem) {
   .figures { grid-template-columns: repeat(2, minmax(0, 1fr)); }
   .figures .seen { order: 3; }
+  .cards { grid-template-columns: repeat(auto-fill, minmax(5.2rem, 1fr)); }
+  .cards.samples { display: flex; overflow-x: auto; padding-bottom: 0.3rem; }
+  .samples .card { flex: 0 0 5.2rem; }
+  #picture { height: 220px !important; }
 }
 """

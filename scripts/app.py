@@ -149,7 +149,7 @@ def _facts(playground: Any, device: Any) -> list[str]:
     count = sum(parameter.numel() for parameter in embedder.model.parameters())
     facts = [
         f"{count / 1e6:,.1f} million parameters",
-        f"{embedder.opened.image_size} pixels",
+        f"{embedder.opened.image_size} x {embedder.opened.image_size} pixels",
         f"{len(layers)} routed layer{'s' if len(layers) != 1 else ''}",
         f"trained with a {'sigmoid' if playground.logits.sigmoid else 'softmax'}",
     ]
