@@ -67,7 +67,8 @@ def serve(mount: Callable[[FastAPI], None], server: socket.socket, host: str) ->
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=names)
     app.add_middleware(Guard)
     mount(app)
-    settings = uvicorn.Config(app, log_level="warning", access_log=False)
+    # Open pages hold a connection, which must not keep us from ending.
+    settings = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1)
     uvicorn.Server(settings).run([server])
 
 

@@ -139,8 +139,7 @@ class Playground:
 
     def _why(self, reason: str) -> str:
         if "pixels" in reason:
-            limit = f"{self.max_pixels / 1e6:,.1f} million pixels"
-            return f"This picture has more than {limit}, the most that are taken: scale it down."
+            return f"This picture has more than {self.max_pixels:,} pixels: scale it down."
         return (
             "This file is no picture that can be read:"
             f" give one as {', '.join(FORMATS[:-1])} or {FORMATS[-1]}."

@@ -9,6 +9,7 @@ The page is served to this machine only, and asks no other.
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import tempfile
 from dataclasses import dataclass, field
@@ -69,6 +70,7 @@ def start(config: App) -> None:
     _check(config)
     from eval.page_server import keep_to_ourselves, listen, serve
 
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that uploads are removed
     with (
         listen(config.host, config.port) as server,
         tempfile.TemporaryDirectory(prefix="softmoe_clip_app_") as folder,
