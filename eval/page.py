@@ -150,6 +150,7 @@ class Page:
             return ""
 
     def slot_range(self, layer: float, slot: float) -> Any:
+        """The slider that ends at a layer's last slot."""
         last = self._sizes(layer).slots - 1
         return gr.Slider(maximum=max(1, last), value=min(int(slot), last))
 
@@ -354,7 +355,8 @@ def _looking_inside(page: Page, picture: gr.Image) -> None:
         _on(trigger, page.slot, [picture, layer, slot], inside)
     for trigger in (picture.change, layer.change):
         _on(trigger, page.slots, [picture, layer], slots)
-    _on(layer.change, page.slot_range, [layer, slot], slot)
+    if len({sizes.slots for sizes in layers}) > 1:
+        _on(layer.change, page.slot_range, [layer, slot], slot)
     _on(slots.click, _picked_slot, None, slot)
 
 

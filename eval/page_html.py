@@ -49,7 +49,7 @@ def bars(scores: Sequence[Score], logits: Logits) -> str:
     """Scores as bars, and what they mean."""
     rows = "".join(
         f'<li title="cosine {score.cosine:.3f}"><span class="name">{escape(score.label)}</span>'
-        f'<span class="value">{_percent(score.probability)}</span>'
+        f'<span class="value">{percent(score.probability)}</span>'
         f'<span class="track"><i style="width:{100 * score.probability:.2f}%"></i></span></li>'
         for score in scores[:SHOWN_LABELS]
     )
@@ -143,7 +143,8 @@ def slot_cards(picture: Tensor, seen: Tensor, layer: InspectedLayer) -> str:
         )
         for slot in choose_slots(layer.dispatch, min(slots, SHOWN_SLOTS))
     ]
-    return cards(items, "Show this slot", "slots")
+    heading = '<p class="heading">Slots that look at few places, and at different ones</p>'
+    return heading + cards(items, "Show this slot", "slots")
 
 
 def data_uri(picture: Tensor | np.ndarray, longest: int | None = None) -> str:
@@ -161,7 +162,8 @@ def data_uri(picture: Tensor | np.ndarray, longest: int | None = None) -> str:
     return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def _percent(share: float) -> str:
+def percent(share: float) -> str:
+    """A share of one as people read it."""
     return f"{100 * share:.1f} %" if share >= 0.0005 else "< 0.1 %"
 
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from fastapi import FastAPI
 
 MAX_MESSAGE = 2 << 20  # bytes of a request that is no upload
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
+LOOPBACK = ["127.0.0.1", "localhost", "::1", "[::1]"]  # the last as requests write it
 # A browser that holds to this asks nobody but us, whatever stands in the page. Inline scripts and
 # eval are how gradio works.
 POLICY = (
@@ -31,7 +31,7 @@ def keep_to_ourselves(files: Path) -> None:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A bound socket; port 0 takes a free one.
+    """A socket that is connected to already, though not yet answered; port 0 takes a free one.
 
     Raises:
         ValueError: the address cannot be had.
@@ -41,6 +41,7 @@ def listen(host: str, port: int) -> socket.socket:
     server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         server.bind((host, port))
+        server.listen()
     except OSError as error:
         server.close()
         raise ValueError(
@@ -49,24 +50,29 @@ def listen(host: str, port: int) -> socket.socket:
     return server
 
 
-def serve(mount: Callable[[FastAPI], None], server: socket.socket, host: str) -> None:
-    """Answer requests until interrupted.
+def web_app(mount: Callable[[FastAPI], None], host: str) -> FastAPI:
+    """The web application around a page, with `Guard` and a check of whom requests are for.
 
     Args:
-        mount: puts the page into a web application.
-        server: of `listen`.
-        host: what `listen` was asked for; requests to a loopback address must name one.
+        mount: puts the page into the application.
+        host: where it will listen; requests to a loopback address must name one.
     """
-    import uvicorn
     from fastapi import FastAPI
     from starlette.middleware.trustedhost import TrustedHostMiddleware
 
     app = FastAPI(openapi_url=None)
     # Otherwise any web page could reach us through a name of its own that leads here.
-    names = ["127.0.0.1", "localhost", "[::1]"] if host in LOOPBACK else ["*"]
+    names = LOOPBACK if host in LOOPBACK else ["*"]
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=names)
     app.add_middleware(Guard)
     mount(app)
+    return app
+
+
+def serve(app: FastAPI, server: socket.socket) -> None:
+    """Answer requests at the socket of `listen` until interrupted."""
+    import uvicorn
+
     # Open pages hold a connection, which must not keep us from ending.
     settings = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1)
     uvicorn.Server(settings).run([server])

@@ -16,6 +16,8 @@ CSS = """
 .gradio-container main { width: 100%; max-width: 76rem; margin: 0 auto; }
 .gradio-container .html-container { padding: 0; color: var(--ink); }
 #picture img { width: 100%; height: 100%; object-fit: contain; }
+.gradio-container input[type=range]::-webkit-slider-thumb { background: var(--bar); }
+.gradio-container input[type=range]::-moz-range-thumb { background: var(--bar); }
 .top h1 { font: 400 clamp(1.6rem, 4vw, 2.3rem)/1.15 var(--serif); color: var(--ink); margin: 0; }
 .top ul { list-style: none; display: flex; flex-wrap: wrap; gap: 0.1rem 1.3rem; margin: 0.4rem 0 0;
   padding: 0; color: var(--muted); font-size: 0.9rem; }
@@ -40,6 +42,7 @@ CSS = """
 .cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(6.5rem, 1fr));
   gap: 0.6rem; }
 .cards.samples { grid-template-columns: repeat(4, minmax(0, 1fr)); gap: 0.45rem; }
+.heading + .cards { margin-top: 0.6rem; }
 .cards.slots { grid-template-columns: repeat(auto-fill, minmax(5rem, 1fr)); }
 .card { display: flex; flex-direction: column; width: 100%; font-weight: 400;
   min-width: 0; padding: 0.35rem; text-align: left;

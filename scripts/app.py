@@ -68,7 +68,7 @@ def main(argv: list[str] | None = None) -> None:
 def start(config: App) -> None:
     """Open the model, embed the pictures, and serve until interrupted."""
     _check(config)
-    from eval.page_server import keep_to_ourselves, listen, serve
+    from eval.page_server import keep_to_ourselves, listen, serve, web_app
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that uploads are removed
     with (
@@ -85,10 +85,11 @@ def start(config: App) -> None:
             _title(config.model), facts, config.labels, config.templates, max_upload
         )
         blocks = build_page(playground, options, files)
+        site = web_app(lambda app: mount_page(app, blocks, max_upload), config.host)
         address, port = server.getsockname()[:2]
         address = f"[{address}]" if ":" in address else address
         print(f"page: http://{address}:{port}   (Ctrl+C ends it)", flush=True)
-        serve(lambda app: mount_page(app, blocks, max_upload), server, config.host)
+        serve(site, server)
 
 
 def _check(config: App) -> None:

@@ -77,6 +77,7 @@ def test_importing_config_modules_needs_no_torch() -> None:
         ".".join(path.relative_to(ROOT).with_suffix("").parts) for path in ROOT.glob("*/config.py")
     ] + ["scripts.pretrain", "scripts.train_contrastive", "scripts.evaluate", "scripts.demo"]
     modules += ["scripts.cache_embeddings", "scripts.inspect_model", "scripts.upcycle"]
+    modules += ["scripts.app"]
     code = f"import sys; import {', '.join(modules)}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 

@@ -152,9 +152,7 @@ def test_looking_inside(embedder: Embedder, picture: bytes) -> None:
     [
         (ImageTowerConfig("dense_vit_test_patch16_64"), "has no routed layers."),
         (
-            ImageTowerConfig(
-                "soft_moe_vit_test_patch16_64", arguments={"router": "tokens_choice"}
-            ),
+            ImageTowerConfig("soft_moe_vit_test_patch16_64", arguments={"router": "tokens_choice"}),
             "no routed layers with slots.",
         ),
     ],
