@@ -24,7 +24,7 @@ from eval.collection import Hit
 from eval.page_style import CSS
 from eval.playground import Playground, Refused
 
-HITS = 14
+HITS = 12
 CAPTIONS = 10
 SAMPLES = 8
 DRAWN = 320  # pixels of slot maps

@@ -39,7 +39,7 @@ CSS = """
 .bars .track i { display: block; height: 100%; background: var(--bar); border-radius: 0.3rem; }
 .bars li:first-child .name { font-weight: 600; }
 
-.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(6.5rem, 1fr));
+.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(7rem, 1fr));
   gap: 0.6rem; }
 .cards.samples { grid-template-columns: repeat(4, minmax(0, 1fr)); gap: 0.45rem; }
 .heading + .cards { margin-top: 0.6rem; }

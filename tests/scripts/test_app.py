@@ -186,7 +186,7 @@ def search(page: Any, reference: Reference) -> None:
     wait_until(page, "#captions li", expected)
     page.locator("#query input, #query textarea").fill("a green thing")
     page.keyboard.press("Enter")
-    hits = reference.playground.find("a green thing", 14)
+    hits = reference.playground.find("a green thing", 12)
     expected = [f"{captions[hit.number]} {hit.score:.3f}" for hit in hits]
     wait_until(page, "#found .card", expected)
     page.click("#found .card >> nth=2")
