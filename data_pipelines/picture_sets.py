@@ -56,7 +56,7 @@ class PictureSet(Dataset[dict[str, Any]], ABC):
     def fingerprint(self) -> str:
         """Changes with the pictures: by content where the files are small, else by size and time.
 
-        Where they lie and what is written beside them does not count.
+        Where they lie does not count, nor do the captions of a folder.
         """
 
     def __getitem__(self, index: int) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from data_pipelines.picture_sets import PictureSet
 from eval.embedder import Embedder
-from eval.search_index import EXACT_LIMIT, SearchIndex, build_index
+from eval.search_index import EXACT_LIMIT, SearchIndex, build_index, import_faiss
 
 LAYOUT = "1"  # changes with what a file of embeddings holds
 
@@ -88,6 +88,8 @@ def build_collection(
     Raises:
         ValueError: no picture can be used, or faiss is needed and not installed.
     """
+    if len(pictures) > exact_limit:
+        import_faiss(len(pictures))  # before the hours that it takes to embed them
     model = embedder.fingerprint() if cache else ""
 
     def kept(kind: str, content: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -87,7 +88,7 @@ class Embedder:
             digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
         settings = [
             opened.image_size, opened.mean, opened.std, opened.resize_mode, opened.interpolation,
-            str(self.model.visual), opened.tokenizer(PROBES).tolist(),
+            re.sub(" at 0x[0-9a-f]+", "", str(self.model)), opened.tokenizer(PROBES).tolist(),
         ]  # fmt: skip
         digest.update(json.dumps(settings).encode())
         return digest.hexdigest()

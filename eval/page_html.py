@@ -138,7 +138,7 @@ def slot_cards(picture: Tensor, seen: Tensor, layer: InspectedLayer) -> str:
     items = [
         Card(
             str(slot),
-            data_uri(paint_slot(picture, dispatch[:, slot], grid, top)),
+            data_uri(paint_slot(picture, dispatch[:, slot], grid, top), THUMBNAIL),
             f"slot {slot}",
         )
         for slot in choose_slots(layer.dispatch, min(slots, SHOWN_SLOTS))

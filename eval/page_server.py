@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from fastapi import FastAPI
 
 MAX_MESSAGE = 2 << 20  # bytes of a request that is no upload
+FORM = 64 << 10  # bytes of an upload beside its file
 LOOPBACK = ["127.0.0.1", "localhost", "::1", "[::1]"]  # the last as requests write it
 # A browser that holds to this asks nobody but us, whatever stands in the page. Inline scripts and
 # eval are how gradio works.
@@ -50,12 +51,13 @@ def listen(host: str, port: int) -> socket.socket:
     return server
 
 
-def web_app(mount: Callable[[FastAPI], None], host: str) -> FastAPI:
+def web_app(mount: Callable[[FastAPI], None], host: str, max_upload: int) -> FastAPI:
     """The web application around a page, with `Guard` and a check of whom requests are for.
 
     Args:
         mount: puts the page into the application.
         host: where it will listen; requests to a loopback address must name one.
+        max_upload: bytes of an uploaded file.
     """
     from fastapi import FastAPI
     from starlette.middleware.trustedhost import TrustedHostMiddleware
@@ -64,7 +66,7 @@ def web_app(mount: Callable[[FastAPI], None], host: str) -> FastAPI:
     # Otherwise any web page could reach us through a name of its own that leads here.
     names = LOOPBACK if host in LOOPBACK else ["*"]
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=names)
-    app.add_middleware(Guard)
+    app.add_middleware(Guard, max_upload=max_upload)
     mount(app)
     return app
 
@@ -81,11 +83,12 @@ def serve(app: FastAPI, server: socket.socket) -> None:
 class Guard:
     """Adds the policy to every answer, and refuses messages that are too long or name files by URL.
 
-    gradio would fetch such a file from wherever it is.
+    gradio would fetch such a file from wherever it is. It bounds the files of an upload, but not
+    how many there are.
     """
 
-    def __init__(self, app: Callable[..., Any]) -> None:
-        self.app = app
+    def __init__(self, app: Callable[..., Any], max_upload: int) -> None:
+        self.app, self.max_upload = app, max_upload
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] != "http":
@@ -102,7 +105,12 @@ class Guard:
                 ]
             await send(message)
 
-        if scope["method"] == "POST" and not scope["path"].endswith("/upload"):
+        if scope["method"] == "POST" and scope["path"].endswith("/upload"):
+            length = dict(scope["headers"]).get(b"content-length", b"")
+            if not length.isdigit() or int(length) > self.max_upload + FORM:
+                await _refuse(guarded, 413 if length else 411)
+                return
+        elif scope["method"] == "POST":
             body = await _read_body(receive)
             if body is None or _names_urls(body):
                 await _refuse(guarded, 413 if body is None else 400)

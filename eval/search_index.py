@@ -94,7 +94,7 @@ class FaissIndex:
     def __init__(
         self, vectors: Tensor, lists: int | None = None, probes: int | None = None
     ) -> None:
-        faiss = _import_faiss(len(vectors))
+        faiss = import_faiss(len(vectors))
         vectors = _unit_vectors(vectors)
         count, width = vectors.shape
         lists = lists or max(1, min(round(4 * math.sqrt(count)), count // 40))
@@ -118,7 +118,8 @@ class FaissIndex:
         return torch.from_numpy(scores), torch.from_numpy(numbers)
 
 
-def _import_faiss(count: int) -> Any:
+def import_faiss(count: int) -> Any:
+    """The faiss package, for `count` vectors; ValueError where it is not installed."""
     try:
         import faiss
     except ImportError as error:

@@ -68,7 +68,7 @@ def main(argv: list[str] | None = None) -> None:
 def start(config: App) -> None:
     """Open the model, embed the pictures, and serve until interrupted."""
     _check(config)
-    from eval.page_server import keep_to_ourselves, listen, serve, web_app
+    from eval.page_server import LOOPBACK, keep_to_ourselves, listen, serve, web_app
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that uploads are removed
     with (
@@ -78,16 +78,19 @@ def start(config: App) -> None:
         files = Path(folder)
         keep_to_ourselves(files)
         playground, facts = _open(config)
-        from eval.page import PageOptions, build_page, mount_page
+        from eval.page import build_page, mount_page
+        from eval.page_answers import PageOptions
 
         max_upload = config.max_upload_mb << 20
         options = PageOptions(
             _title(config.model), facts, config.labels, config.templates, max_upload
         )
         blocks = build_page(playground, options, files)
-        site = web_app(lambda app: mount_page(app, blocks, max_upload), config.host)
+        site = web_app(lambda app: mount_page(app, blocks, max_upload), config.host, max_upload)
         address, port = server.getsockname()[:2]
         address = f"[{address}]" if ":" in address else address
+        if config.host not in LOOPBACK:
+            print(f"warning: whoever reaches {address}:{port} can use the page")
         print(f"page: http://{address}:{port}   (Ctrl+C ends it)", flush=True)
         serve(site, server)
 

@@ -20,6 +20,7 @@ from data_pipelines.picture_sets import open_picture_set
 from eval.collection import build_collection
 from eval.embedder import Embedder
 from eval.open_model import open_model
+from eval.page_answers import Page, PageOptions
 from eval.page_html import percent
 from eval.page_server import web_app
 from eval.playground import Playground
@@ -167,8 +168,8 @@ def classify(page: Any, reference: Reference, folder: Path) -> None:
     (folder / "upload.png").write_bytes(reference.upload)
     page.set_input_files("#picture input[type=file]", folder / "upload.png")
     wait_until(page, "#scores .bars li", reference.bars(own, ["{}"]))
-    labels.fill("red\n\n <b>green</b>\nblue")
-    names = ["red", "<b>green</b>", "blue"]
+    labels.fill("red\n\n <b>green</b>\n${1 + 1} {{value}}")
+    names = ["red", "<b>green</b>", "${1 + 1} {{value}}"]  # all of it is text
     wait_until(page, "#scores .bars li", reference.bars(names, ["{}"]))
     templates = page.locator("#templates textarea")
     templates.fill("a photo of {}.\n{}")
@@ -259,13 +260,13 @@ def test_requests_that_no_browser_of_ours_sends(
 ) -> None:
     from starlette.testclient import TestClient
 
-    from eval.page import PageOptions, build_page, mount_page
+    from eval.page import build_page, mount_page
 
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
     limit = 1 << 20
     playground = Playground(Embedder(open_model(str(run))))
     blocks = build_page(playground, PageOptions("title", [], [], ["{}"], limit), tmp_path)
-    site = web_app(lambda app: mount_page(app, blocks, limit), "127.0.0.1")
+    site = web_app(lambda app: mount_page(app, blocks, limit), "127.0.0.1", limit)
     with TestClient(site, base_url="http://127.0.0.1") as client:
         first = client.get("/")
         assert first.status_code == 200
@@ -281,14 +282,14 @@ def test_requests_that_no_browser_of_ours_sends(
         assert join([{"deep": {"path": " HTTPS://example.org/a.png"} | meta}]) == 400
         assert join("x" * (3 << 20)) == 413
         assert join(None) == 200
-        for size, expected in ((1000, 200), (limit + 1, 413)):
-            files = {"files": ("a.png", b"0" * size)}
+        for sizes, expected in (([1000], 200), ([limit + 1], 413), ([limit - 9] * 2, 413)):
+            files = [("files", (f"{size}.png", b"0" * size)) for size in sizes]
             assert client.post("/gradio_api/upload", files=files).status_code == expected
+        parts = (b"--b" for _ in range(2))  # of unknown length
+        assert client.post("/gradio_api/upload", content=parts).status_code == 411
 
 
 def test_only_uploads_are_read(run: Path, tmp_path: Path) -> None:
-    from eval.page import Page, PageOptions
-
     uploads = tmp_path / "uploads"
     uploads.mkdir()
     (tmp_path / "secret.png").write_bytes(b"secret")
