@@ -25,7 +25,7 @@ CAPTIONS = 10
 SAMPLES = 8
 DRAWN = 320  # pixels of slot maps
 LABELS = ["cat", "dog", "bird", "car", "tree", "house", "food", "person"]
-NO_PICTURE = "Drop a picture, or click one of the set's."
+NO_PICTURE = "Drop or choose a picture to begin."
 NO_SET = "There is no set of pictures: start the page with --images FOLDER or SHARDS."
 NO_CAPTIONS = (
     "The set has no captions: they are read from a.txt beside a.jpg, or from the caption_key of"
@@ -110,7 +110,7 @@ class Page:
         if self.playground.collection is None:
             return page_html.notice(NO_SET)
         if not query.strip():
-            return page_html.notice("Type what you look for, or click an example.")
+            return page_html.notice("Type what you look for.")
         try:
             return self._hits(self.playground.find(query, HITS))
         except Refused as error:

@@ -304,7 +304,7 @@ def test_only_uploads_are_read(run: Path, tmp_path: Path) -> None:
         (uploads / "large.png", "is over"),
     ):
         assert message in page.classify({"path": str(path)}, "a", "{}")
-    assert "Drop a picture" in page.classify(None, "a", "{}")
+    assert "Drop or choose a picture" in page.classify(None, "a", "{}")
 
 
 def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
