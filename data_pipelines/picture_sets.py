@@ -199,8 +199,10 @@ def _picture_files(folder: Path) -> Iterator[str]:
     for parent, folders, files in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
         for name in files:
-            if Path(name).suffix.lower() in SUFFIXES and not name.startswith("."):
-                yield os.path.relpath(os.path.join(parent, name), folder)
+            path = os.path.join(parent, name)
+            wanted = Path(name).suffix.lower() in SUFFIXES and not name.startswith(".")
+            if wanted and os.path.isfile(path):  # not a link to nowhere
+                yield os.path.relpath(path, folder)
 
 
 def _read_file(path: Path, limit: int) -> bytes:

@@ -13,6 +13,15 @@ if TYPE_CHECKING:
     from fastapi import FastAPI
 
 MAX_MESSAGE = 2 << 20  # bytes of a request that is no upload
+# What the page asks for. gradio answers more: it forwards requests, redirects, converts films.
+EXACT = {"/", "/config", "/theme.css", "/manifest.json", "/favicon.ico"} | {
+    f"/gradio_api/{name}"
+    for name in (
+        "upload", "upload_progress", "queue/join", "queue/data", "cancel", "reset", "theme.css",
+        "startup-events", "info",
+    )
+}  # fmt: skip
+PREFIXES = ("/assets/", "/static/", "/svelte/", "/gradio_api/file=/", "/gradio_api/heartbeat/")
 FORM = 64 << 10  # bytes of an upload beside its file
 LOOPBACK = ["127.0.0.1", "localhost", "::1", "[::1]"]  # the last as requests write it
 # A browser that holds to this asks nobody but us, whatever stands in the page. Inline scripts and
@@ -81,10 +90,10 @@ def serve(app: FastAPI, server: socket.socket) -> None:
 
 
 class Guard:
-    """Adds the policy to every answer, and refuses messages that are too long or name files by URL.
+    """Adds the policy to every answer, and refuses what our page never sends.
 
-    gradio would fetch such a file from wherever it is. It bounds the files of an upload, but not
-    how many there are.
+    Messages that name a file by URL, which gradio would fetch from wherever it is; uploads of
+    many files, of which gradio bounds each; long messages; and addresses the page does not need.
     """
 
     def __init__(self, app: Callable[..., Any], max_upload: int) -> None:
@@ -105,18 +114,26 @@ class Guard:
                 ]
             await send(message)
 
-        if scope["method"] == "POST" and scope["path"].endswith("/upload"):
-            length = dict(scope["headers"]).get(b"content-length", b"")
-            if not length.isdigit() or int(length) > self.max_upload + FORM:
-                await _refuse(guarded, 413 if length else 411)
-                return
-        elif scope["method"] == "POST":
-            body = await _read_body(receive)
-            if body is None or _names_urls(body):
-                await _refuse(guarded, 413 if body is None else 400)
-                return
-            receive = _replay(body, receive)
+        status = 0 if scope["path"] in EXACT or scope["path"].startswith(PREFIXES) else 404
+        if not status and scope["method"] == "POST":
+            if scope["path"].endswith("/upload"):
+                status = self._refuse_upload(dict(scope["headers"]))
+            else:
+                body = await _read_body(receive)
+                status = 413 if body is None else 400 if _names_urls(body) else 0
+                receive = _replay(body or b"", receive)
+        if status:
+            await guarded({"type": "http.response.start", "status": status, "headers": []})
+            await guarded({"type": "http.response.body", "body": b""})
+            return
         await self.app(scope, receive, guarded)
+
+    def _refuse_upload(self, headers: dict[bytes, bytes]) -> int:
+        """A status, or 0 for an upload that may go on."""
+        length = headers.get(b"content-length", b"")
+        if not length.isdigit():
+            return 411
+        return 413 if int(length) > self.max_upload + FORM else 0
 
 
 async def _read_body(receive: Any) -> bytes | None:
@@ -155,8 +172,3 @@ def _names_urls(body: bytes) -> bool:
         elif isinstance(value, list):
             waiting += value
     return False
-
-
-async def _refuse(send: Any, status: int) -> None:
-    await send({"type": "http.response.start", "status": status, "headers": []})
-    await send({"type": "http.response.body", "body": b""})

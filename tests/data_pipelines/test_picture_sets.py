@@ -43,6 +43,7 @@ def folder(tmp_path: Path) -> Path:
     (root / "large.png").write_bytes(png("white", (100, 100)))
     (root / ".hidden" / "d.png").write_bytes(png("green"))
     (root / "notes.md").write_text("no picture")
+    (root / "gone.png").symlink_to(root / "none.png")
     return root
 
 

@@ -272,6 +272,8 @@ def test_requests_that_no_browser_of_ours_sends(
         assert first.status_code == 200
         assert "default-src 'self'" in first.headers["content-security-policy"]
         assert client.get("/", headers={"Host": "evil.example"}).status_code == 400
+        for path in ("file=http://127.0.0.1:9/a", "proxy=http://127.0.0.1:9/a", "openapi.json"):
+            assert client.get(f"/gradio_api/{path}").status_code == 404
 
         def join(payload: object) -> int:
             body = {"data": [payload, "a", "{}"], "fn_index": 0, "session_hash": "x"}
