@@ -44,7 +44,6 @@ def build_page(playground: Playground, options: PageOptions, files: Path) -> gr.
                     _searching(page, picture)
                 with gr.Tab("Look inside", id="inside"):
                     _looking_inside(page, picture)
-    blocks.queue(max_size=64, default_concurrency_limit=4)
     return blocks
 
 
@@ -89,6 +88,9 @@ def _on(trigger: Any, answer: Callable[..., Any], inputs: Any, outputs: Any) -> 
         trigger_mode="always_last",
         show_progress="hidden",
         api_visibility="private",
+        # Answers come with the request. Through the queue they come by a stream that the browser
+        # opens and closes all the time, and some get lost.
+        queue=False,
     )
 
 

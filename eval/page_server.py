@@ -17,11 +17,17 @@ MAX_MESSAGE = 2 << 20  # bytes of a request that is no upload
 EXACT = {"/", "/config", "/theme.css", "/manifest.json", "/favicon.ico"} | {
     f"/gradio_api/{name}"
     for name in (
-        "upload", "upload_progress", "queue/join", "queue/data", "cancel", "reset", "theme.css",
-        "startup-events", "info",
+        "upload", "upload_progress", "reset", "theme.css", "startup-events", "info",
     )
 }  # fmt: skip
-PREFIXES = ("/assets/", "/static/", "/svelte/", "/gradio_api/file=/", "/gradio_api/heartbeat/")
+PREFIXES = (
+    "/assets/",
+    "/static/",
+    "/svelte/",
+    "/gradio_api/file=/",
+    "/gradio_api/heartbeat/",
+    "/gradio_api/run/",
+)
 FORM = 64 << 10  # bytes of an upload beside its file
 LOOPBACK = ["127.0.0.1", "localhost", "::1", "[::1]"]  # the last as requests write it
 # A browser that holds to this asks nobody but us, whatever stands in the page. Inline scripts and

@@ -87,7 +87,7 @@ class FaissIndex:
 
     Args:
         vectors: (N, d) floating point, of any scale.
-        lists: number of lists; None takes four times the square root of N.
+        lists: number of lists; None takes twice the square root of N.
         probes: lists looked through for a query; None takes a sixteenth of them, 16 at least.
     """
 
@@ -97,12 +97,13 @@ class FaissIndex:
         faiss = import_faiss(len(vectors))
         vectors = _unit_vectors(vectors)
         count, width = vectors.shape
-        lists = lists or max(1, min(round(4 * math.sqrt(count)), count // 40))
+        lists = lists or max(1, min(round(2 * math.sqrt(count)), count // 40))
         self.index: Any = faiss.index_factory(
             width, f"IVF{lists},SQfp16", faiss.METRIC_INNER_PRODUCT
         )
         # faiss asks for 39 vectors a list, and takes no more than 256.
-        some = torch.randperm(count, generator=torch.Generator().manual_seed(0))[: 64 * lists]
+        some = torch.randperm(count, generator=torch.Generator().manual_seed(0))[: 48 * lists]
+        self.index.cp.niter = 10  # of k-means; more hardly find more, and take minutes
         self.index.train(vectors[some].numpy())
         for part in vectors.split(CHUNK):
             self.index.add(part.numpy())

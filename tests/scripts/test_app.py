@@ -275,15 +275,15 @@ def test_requests_that_no_browser_of_ours_sends(
         for path in ("file=http://127.0.0.1:9/a", "proxy=http://127.0.0.1:9/a", "openapi.json"):
             assert client.get(f"/gradio_api/{path}").status_code == 404
 
-        def join(payload: object) -> int:
+        def ask(payload: object) -> int:
             body = {"data": [payload, "a", "{}"], "fn_index": 0, "session_hash": "x"}
-            return client.post("/gradio_api/queue/join", json=body).status_code
+            return client.post("/gradio_api/run/predict", json=body).status_code
 
         meta = {"meta": {"_type": "gradio.FileData"}}
-        assert join({"path": "http://127.0.0.1:9/a.png"} | meta) == 400
-        assert join([{"deep": {"path": " HTTPS://example.org/a.png"} | meta}]) == 400
-        assert join("x" * (3 << 20)) == 413
-        assert join(None) == 200
+        assert ask({"path": "http://127.0.0.1:9/a.png"} | meta) == 400
+        assert ask([{"deep": {"path": " HTTPS://example.org/a.png"} | meta}]) == 400
+        assert ask("x" * (3 << 20)) == 413
+        assert ask(None) == 200
         for sizes, expected in (([1000], 200), ([limit + 1], 413), ([limit - 9] * 2, 413)):
             files = [("files", (f"{size}.png", b"0" * size)) for size in sizes]
             assert client.post("/gradio_api/upload", files=files).status_code == expected
