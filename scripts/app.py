@@ -70,7 +70,6 @@ def start(config: App) -> None:
     _check(config)
     from eval.page_server import LOOPBACK, keep_to_ourselves, listen, serve, web_app
 
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that uploads are removed
     with (
         listen(config.host, config.port) as server,
         tempfile.TemporaryDirectory(prefix="softmoe_clip_app_") as folder,
@@ -92,6 +91,7 @@ def start(config: App) -> None:
         if config.host not in LOOPBACK:
             print(f"warning: whoever reaches {address}:{port} can use the page")
         print(f"page: http://{address}:{port}   (Ctrl+C ends it)", flush=True)
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that uploads are removed
         serve(site, server)
 
 
@@ -104,6 +104,8 @@ def _check(config: App) -> None:
     for name in ("max_upload_mb", "max_pixels", "exact_limit", "batch_size"):
         if getattr(config, name) < 1:
             raise ValueError(f"{name} must be at least 1, got {getattr(config, name)}")
+    if not 0 <= config.port < 1 << 16:
+        raise ValueError(f"port must be from 0 to 65535, got {config.port}")
     for template in config.templates:
         if template.count("{}") != 1:
             raise ValueError(f"template '{template}' must have {{}} once, where the label goes")

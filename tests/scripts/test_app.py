@@ -330,6 +330,7 @@ def test_what_cannot_be_shown_is_refused(
         ([str(run), f"--images={shards}", "--image_keys=[gif]", *free], "member for the picture"),
         ([str(run), "--templates=[photo]"], "template 'photo' must have {} once"),
         ([str(run), "--max_pixels=0"], "max_pixels must be at least 1"),
+        ([str(run), "--port=65536"], "port must be from 0 to 65535"),
         ([str(run), "--host=192.0.2.1", *free], "192.0.2.1:0 cannot be used"),
         ([str(run), "--imagse=x"], "did you mean 'images'"),
     ):
