@@ -8,7 +8,7 @@ Shape legend: B images, M tokens, S slots, E experts.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from encoders.routing_report import choose_slots, fill_slot_maps
-from encoders.routing_statistics import STARVED_TOKEN, relative_entropy
+from encoders.routing_statistics import STARVED_TOKEN, relative_entropy, soft_only
 from encoders.soft_moe import l2_normalize
 
 # Tokens with more than this times the average token's weight (appendix G).
@@ -61,6 +61,30 @@ class InspectedLayer:
             slots = (self.dispatch - 1 / self.dispatch.shape[1]).flatten(0, 1)
         slots = l2_normalize(slots.double(), 0)
         return slots.T @ slots
+
+
+def inspected_layers(model: Any, routing: Mapping[str, Any]) -> list[InspectedLayer]:
+    """Layers with slots, in the order of blocks; class and register tokens left out.
+
+    Args:
+        model: a timm vision transformer with routed layers.
+        routing: of `collect_routing(model, images)`; layers without slots are passed over.
+    """
+    layers = []
+    for name, weights in soft_only(routing).items():
+        layer: Any = model.get_submodule(name)
+        patches = slice(model.num_prefix_tokens, None)
+        phi = getattr(layer, "phi", None)
+        layers.append(
+            InspectedLayer(
+                block=int(name.split(".")[1]),
+                dispatch=weights.dispatch[:, patches],
+                combine=weights.combine[:, patches],
+                num_experts=layer.num_experts,
+                phi=None if phi is None else phi.detach().flatten(1),
+            )
+        )
+    return layers
 
 
 def choose_layer(layers: Sequence[InspectedLayer]) -> int:

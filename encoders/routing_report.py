@@ -113,7 +113,7 @@ def fill_slot_maps(
     if len(images) != len(dispatch):
         raise ValueError(f"{len(images)} images but dispatch weights of {len(dispatch)}")
     tokens = dispatch.shape[1]
-    grid = _patch_grid(images.shape[2], images.shape[3], tokens)
+    grid = patch_grid(images.shape[2], images.shape[3], tokens)
     heat = slot_maps(dispatch.detach().float().cpu(), grid)[:, list(slots)] * tokens
     # A few very hot patches must not bleach the rest; the pointed colour bar says so.
     top = max(1.1, heat.flatten().quantile(0.99).item())
@@ -131,7 +131,12 @@ def fill_slot_maps(
     _add_scale(canvas, axes, top)
 
 
-def _patch_grid(height: int, width: int, tokens: int) -> tuple[int, int]:
+def patch_grid(height: int, width: int, tokens: int) -> tuple[int, int]:
+    """Rows and columns of square patches, `tokens` in all, on a picture of height x width pixels.
+
+    Raises:
+        ValueError: the tokens are no such grid.
+    """
     patch = math.sqrt(height * width / tokens)
     grid = round(height / patch), round(width / patch)
     if grid[0] * grid[1] != tokens or height * grid[1] != width * grid[0]:

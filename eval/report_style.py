@@ -118,6 +118,7 @@ td.num { white-space: nowrap; }
 .captions .text { min-width: 0; overflow-wrap: anywhere; }
 .captions li.good { --tint: var(--good-tint); font-weight: 500; }
 .captions .good > .score { color: inherit; }
+.captions .score { white-space: nowrap; }
 
 .picture.wide { grid-column: 1 / -1; }
 .picture img {
@@ -137,6 +138,15 @@ footer { margin-top: 3.5rem; padding-top: 1rem; padding-bottom: 2.5rem; color: v
   .answers { gap: 0.45rem; }
   .answers .score { font-size: 0.74rem; }
   .show { grid-template-columns: 5.2rem minmax(0, 1fr); gap: 0.8rem; }
+  table { min-width: 0; font-size: 0.88rem; }
+  th, td { padding: 0.45rem; }
+  th:last-child, td:last-child { padding-right: 0; }
+  thead th { font-size: 0.8rem; }
+  tbody th { min-width: 6.5rem; }
+  /* Figures with text in them stay large enough to read, and are pushed sideways. */
+  .picture { overflow-x: auto; }
+  .picture img { max-width: 36rem; }
+  .picture figcaption { position: sticky; left: 0; }
   dl { grid-template-columns: minmax(0, 1fr); gap: 0; }
   dd { margin-bottom: 0.7rem; }
 }

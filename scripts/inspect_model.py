@@ -120,15 +120,15 @@ def _size_rows(size: Any) -> dict[str, str]:
 def inspect_routing(config: Inspection, tower: Any, pictures: Any) -> None:
     """Print a table of routing figures of pictures, uint8 (N, 3, S, S), and draw slot maps."""
     from encoders.pixels import Normalize
-    from encoders.routing_inspection import choose_layer, draw_inspection
-    from encoders.routing_statistics import collect_routing, layer_statistics, soft_only
+    from encoders.routing_inspection import choose_layer, draw_inspection, inspected_layers
+    from encoders.routing_statistics import collect_routing, layer_statistics
 
     inputs = Normalize(tower.mean, tower.std)(pictures)
     routing = collect_routing(tower.model, inputs)
     what = "" if tower.trained else ", untrained"
     print(f"routing of {len(pictures)} pictures by {tower.source}{what}")
     _print_statistics(layer_statistics(tower.model, routing))
-    layers = _inspected_layers(tower.model, soft_only(routing))
+    layers = inspected_layers(tower.model, routing)
     if not layers:
         print("no slot maps: the routers of this model have no slots")
         return
@@ -153,26 +153,6 @@ def _print_statistics(statistics: Mapping[str, Mapping[str, float]]) -> None:
         for layer, figures in statistics.items()
     ]
     print(text_table(["layer", *names], rows))
-
-
-def _inspected_layers(model: Any, routing: Mapping[str, Any]) -> list[Any]:
-    """Layers with slots, in the order of blocks; class and register tokens left out."""
-    from encoders.routing_inspection import InspectedLayer
-
-    layers = []
-    for name, weights in routing.items():
-        layer, patches = model.get_submodule(name), slice(model.num_prefix_tokens, None)
-        phi = getattr(layer, "phi", None)
-        layers.append(
-            InspectedLayer(
-                block=int(name.split(".")[1]),
-                dispatch=weights.dispatch[:, patches],
-                combine=weights.combine[:, patches],
-                num_experts=layer.num_experts,
-                phi=None if phi is None else phi.detach().flatten(1),
-            )
-        )
-    return layers
 
 
 def _count(number: int) -> str:

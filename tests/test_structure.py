@@ -82,6 +82,7 @@ def test_importing_config_modules_needs_no_torch() -> None:
         "scripts.upcycle",
         "scripts.shards",
         "scripts.export",
+        "scripts.app",
     ]
     code = f"import sys; import {', '.join(modules)}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
