@@ -9,6 +9,7 @@ Each runs in a process of its own; memory is that process's peak above what it h
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import multiprocessing
 import resource
@@ -35,7 +36,9 @@ def ours(options: argparse.Namespace) -> dict[str, float]:
 
 
 def clip_benchmark(options: argparse.Namespace) -> dict[str, float]:
-    from clip_benchmark.metrics.zeroshot_retrieval import batchify, recall_at_k
+    # Not a dependency of ours: pip install --no-deps clip-benchmark
+    peer = importlib.import_module("clip_benchmark.metrics.zeroshot_retrieval")
+    batchify, recall_at_k = peer.batchify, peer.recall_at_k
 
     image, text, owner = features(options)
     scores = torch.nn.functional.normalize(text) @ torch.nn.functional.normalize(image).T
