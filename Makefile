@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install demo demo-long test lint types format bench bench-gpu bench-loss clean
+.PHONY: help install demo demo-long test lint types format docs bench bench-gpu bench-loss bench-step bench-stream bench-evaluation clean
 
 help:
 	@echo "make demo       install, train and evaluate on the embedded pictures, write runs/demo/report.html"
@@ -11,6 +11,7 @@ help:
 	@echo "make test       install and run all tests"
 	@echo "make bench      time and memory of the routed layers on the CPU (bench-gpu: on a GPU)"
 	@echo "make bench-loss time and memory of the contrastive losses, alone and on several processes"
+	@echo "make docs       the pages and the API reference, in build/site"
 	@echo "make lint types check style and types"
 
 $(INSTALLED): pyproject.toml
@@ -52,6 +53,18 @@ bench-gpu: install
 bench-loss: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.contrastive_loss --full
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.contrastive_worlds
+
+bench-step: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.training_step
+
+bench-stream: install
+	$(BIN)/python -m benchmarks.stream_resume --out benchmarks/results/stream_resume_cpu.json
+
+bench-evaluation: install
+	$(BIN)/python -m benchmarks.evaluation
+
+docs: install
+	$(BIN)/zensical build -f mkdocs.yml --strict
 
 clean:
 	rm -rf runs data build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
