@@ -145,11 +145,11 @@ def test_the_models_own_resize_counts_where_no_set_chooses(
 ) -> None:
     path = checkpoint / "open_clip_config.json"
     description = json.loads(path.read_text())
-    description["preprocess_cfg"] |= {"resize_mode": "longest", "interpolation": "bilinear"}
+    description["preprocess_cfg"] |= {"resize_mode": "pad", "interpolation": "bilinear"}
     path.write_text(json.dumps(description))
     chosen = own_set(shards, resize_mode="shortest")
     line = refusal(capsys, arguments(checkpoint, chosen, own_set(shards)))
-    assert "resize_mode 'longest' is not supported: choose squash or shortest" in line
+    assert "resize_mode 'pad' is not supported: choose " in line
     output = tmp_path / "records.json"
     evaluate.main(arguments(checkpoint, chosen, output=output))
     for record in json.loads(output.read_text()):

@@ -249,14 +249,22 @@ def change_world(folder: Path, worlds: tuple[int, int]) -> dict[str, Any]:
     return {"codes": codes}
 
 
-def kill_at_random(folder: Path, number: int, kills: int) -> dict[str, Any]:
-    """Kill a run `kills` times at a moment drawn by `number`, then let it end."""
+def seconds_of_a_run(folder: Path) -> float:
+    """How long a run lasts that nobody disturbs, on this machine."""
+    scenario = Scenario()
+    begun = time.perf_counter()
+    wait(start(folder, scenario, partial(train, folder, scenario)))
+    return time.perf_counter() - begun
+
+
+def kill_at_random(folder: Path, number: int, kills: int, seconds: float) -> dict[str, Any]:
+    """Kill a run `kills` times at a moment of its `seconds` drawn by `number`, then let it end."""
     draw, scenario = random.Random(number), Scenario()
     run = partial(train, folder, scenario)
     codes = []
     for _ in range(kills):
         children = start(folder, scenario, run)
-        time.sleep(draw.uniform(0.0, 0.5))
+        time.sleep(draw.uniform(0.0, seconds))
         os.kill(children[0], signal.SIGKILL)
         codes += wait(children)
     return {"codes": codes, "end": wait(start(folder, scenario, run))}
@@ -269,8 +277,9 @@ def main(folder: Path, names: list[str]) -> dict[str, Any]:
     for name in names:
         words = name.split()
         if words[0] == "killed":
+            seconds = seconds_of_a_run(folder / "timed")
             found[name] = [
-                kill_at_random(folder / f"killed {number}", number, 1 + number % 2)
+                kill_at_random(folder / f"killed {number}", number, 1 + number % 2, seconds)
                 for number in range(int(words[1]))
             ]
         elif words[0] in ("quiet", "1", "2"):
