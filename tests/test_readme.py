@@ -35,6 +35,7 @@ def commands() -> list[str]:
     return [line for line in commands if "scripts.app" not in line]
 
 
+@pytest.mark.timeout(900)  # every job of the project, one after the other
 def test_commands_run_in_the_order_of_the_readme(tmp_path: Path) -> None:
     """One after the other, because later commands use what earlier ones leave."""
     (tmp_path / "configs").symlink_to(ROOT / "configs")
