@@ -112,7 +112,8 @@ SETTINGS = (
     Setting("S/16, 196 experts", 16, 384, (DENSE, soft(196, 1), *others(196, 1))),
     Setting("S/16, more experts", 16, 384, (DENSE, soft(16, 12), soft(49, 4), soft(98, 2))),
     Setting("S/16, batch 64", 64, 384, (soft(16, 8, None), soft(128, 1, "SoftMoE 16x8"))),
-    Setting("B/16, 32 experts", 16, 768, (DENSE, soft(32, 6), *others(32, 6))),
+    Setting("B/16, 32 experts", 16, 768, (DENSE, soft(32, 6), *others(32, 6), *SPARSE)),
+    Setting("B/16, more experts", 16, 768, (DENSE, soft(16, 12), soft(98, 2), soft(196, 1))),
 )
 
 

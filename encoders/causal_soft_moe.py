@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from encoders.routed_layer import ExpertOptions
+from encoders.routed_layer import ExpertOptions, check_padding_mask
 from encoders.soft_moe import SlotLayer
 
 # Positions whose dispatch weights are held at a time, (S, K, C) numbers per sequence: no more than
@@ -94,6 +94,7 @@ class CausalSoftMoE(SlotLayer):
                 mask, for no earlier position sees it.
         """
         if padding_mask is not None:
+            check_padding_mask(padding_mask, x)
             x = x.masked_fill(padding_mask.unsqueeze(-1), 0)
         state = self.initial_state(x)
         logits, length = self.logits(x), x.shape[1]

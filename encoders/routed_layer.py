@@ -28,6 +28,15 @@ class ExpertOptions(Placement, total=False):
 INDEPENDENT: ExpertOptions = {"identical_experts": False}
 
 
+def check_padding_mask(padding_mask: Tensor, x: Tensor) -> None:
+    """Raise ValueError unless `padding_mask` is bool (B, M) for tokens `x` (B, M, d)."""
+    if padding_mask.dtype != torch.bool or padding_mask.shape != x.shape[:2]:
+        raise ValueError(
+            f"padding_mask is {padding_mask.dtype} {tuple(padding_mask.shape)}; tokens of shape"
+            f" {tuple(x.shape)} need torch.bool {tuple(x.shape[:2])}, true where there is no token"
+        )
+
+
 class RoutedLayer(nn.Module):
     """Base of the routed layers: tokens (B, M, d) to (B, M, d); the residual is outside.
 

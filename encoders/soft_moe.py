@@ -16,7 +16,7 @@ from typing import NamedTuple, Unpack
 import torch
 from torch import Tensor, nn
 
-from encoders.routed_layer import ExpertOptions, RoutedLayer
+from encoders.routed_layer import ExpertOptions, RoutedLayer, check_padding_mask
 
 # Inside the root, as in google-research/vmoe `vmoe/projects/soft_moe/router.py`; the paper's
 # Algorithm 2 adds it to the norm instead, which differs measurably for many experts.
@@ -179,9 +179,14 @@ class SoftMoE(SlotLayer):
             x: tokens.
             padding_mask: (B, M) bool, true where there is no token. Such rows do not influence
                 others, whatever they contain, and come out as zero.
+
+        Raises:
+            ValueError: a mask of another shape or type.
         """
-        padding = None if padding_mask is None else padding_mask.unsqueeze(-1)
-        if padding is not None:
+        padding = None
+        if padding_mask is not None:
+            check_padding_mask(padding_mask, x)
+            padding = padding_mask.unsqueeze(-1)
             x = x.masked_fill(padding, 0)
         _, dispatch, combine = self.route(x, padding_mask)
         _, experts, slots_per_expert = self.phi.shape

@@ -139,7 +139,7 @@ def create_encoder(
         raise ValueError(f"{setting} must not set {', '.join(taken)}: other settings do")
     try:
         model: Any = timm.create_model(name, **fixed, **arguments)
-    except (AssertionError, TypeError) as error:
+    except (AssertionError, TypeError, ValueError) as error:
         raise ValueError(f"{setting} do not suit {name}: {error}") from error
     if "img_size" in arguments:  # timm leaves the size of the name
         model.pretrained_cfg["input_size"] = (3, size, size)

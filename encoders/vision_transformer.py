@@ -99,6 +99,9 @@ class SoftMoEVisionTransformer(VisionTransformer):
         )
         if pos_embed not in ("learn", "none", "sincos2d"):
             raise ValueError(f"pos_embed='{pos_embed}': choose learn, none or sincos2d")
+        width, heads = kwargs.get("embed_dim", 768), kwargs.get("num_heads", 12)
+        if width % heads:
+            raise ValueError(f"num_heads={heads} must divide embed_dim={width}")
         fixed = pos_embed == "sincos2d"
         defaults = ARRANGEMENT | {
             "block_fn": block_factory(self, routed, router, num_experts, options),

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from encoders import experts as experts_module
+from encoders.causal_soft_moe import CausalSoftMoE
 from encoders.experts import ExpertMLP
 from encoders.soft_moe import SoftMoE, slots_for_capacity
 from tests.encoders.reference import OperatorCount, assert_close
@@ -298,3 +299,12 @@ def test_gradient_checkpointing_changes_nothing() -> None:
         torch.autograd.grad(out.square().sum(), leaves), plain, strict=True
     ):
         assert torch.equal(gradient, reference)
+
+
+@pytest.mark.parametrize("kind", [SoftMoE, CausalSoftMoE])
+@pytest.mark.parametrize("mask", [torch.zeros(2, 6, dtype=torch.bool), torch.zeros(2, 7)])
+def test_masks_of_another_shape_or_type_are_refused(
+    kind: type[SoftMoE] | type[CausalSoftMoE], mask: torch.Tensor
+) -> None:
+    with pytest.raises(ValueError, match=r"padding_mask is .* need torch.bool \(2, 7\)"):
+        kind(8, 2)(torch.randn(2, 7, 8), mask)

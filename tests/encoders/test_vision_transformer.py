@@ -235,3 +235,8 @@ def test_only_normalisation_keeps_weights_soft_at_any_width() -> None:
     ):
         assert narrow > middle > wide
         assert wide < 1.2 * uniform
+
+
+def test_heads_that_do_not_divide_the_width_are_refused() -> None:
+    with pytest.raises(ValueError, match="num_heads=5 must divide embed_dim=32"):
+        SoftMoEVisionTransformer(embed_dim=32, num_heads=5, depth=2)
