@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from abc import abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -33,12 +34,12 @@ class SampleSet(Dataset[dict[str, Any]]):
 
     transform: Callable[[Tensor], Tensor]
 
-    def __len__(self) -> int:
-        raise NotImplementedError
+    @abstractmethod
+    def __len__(self) -> int: ...
 
+    @abstractmethod
     def fingerprint(self) -> str:
         """Hash that changes with the samples."""
-        raise NotImplementedError
 
     def batches(
         self, batch_size: int, rank: int = 0, world: int = 1, workers: int = 0

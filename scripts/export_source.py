@@ -28,8 +28,8 @@ from training.run_directory import SETTINGS
 # Beside the weights of a run that averages them; the average is of trained parameters only.
 AVERAGE, TRAINED = "average.safetensors", "training_weights.safetensors"
 TIMM_WEIGHTS = "model.safetensors"
-# How a figure's interval is written beside it.
-INTERVALS = (("_low", "_high"), ("_ci95_low", "_ci95_high"), ("/low", "/high"))
+# Where `scripts.evaluate --output RUN/evaluation.json` leaves its records.
+RECORDS = "evaluation.json"
 
 
 @dataclass(frozen=True)
@@ -172,7 +172,9 @@ def run_facts(source: Source) -> RunFacts:
     environment = source.run / "env.json"
     known = _read_json(environment) if environment.is_file() else {}
     step = state["step"]
-    figures, when = _figures(source.run / "eval.jsonl", step)
+    figures, when = _recorded(source.run / RECORDS, source.folder.name), step
+    if not figures:
+        figures, when = _logged(source.run / "eval.jsonl", step)
     return RunFacts(
         step=step,
         samples=state.get("samples"),
@@ -202,8 +204,25 @@ def _data(data: Mapping[str, Any], stream: Mapping[str, Any]) -> str | None:
     return words if count is None else f"{words} ({count:,} samples)"
 
 
-def _figures(path: Path, step: int) -> tuple[list[Figure], int | None]:
-    """Those of the last evaluation up to `step`, and its step."""
+def _recorded(path: Path, checkpoint: str) -> list[Figure]:
+    """What the evaluation command measured of the checkpoint of that name, with intervals."""
+    records = _read_json(path) if path.is_file() else []
+    return [
+        Figure(f"{record['dataset']}/{name}", float(value), _interval(record, name))
+        for record in records
+        if Path(record["pretrained"]).name == checkpoint
+        for name, value in record["metrics"].items()
+        if value is not None
+    ]
+
+
+def _interval(record: Mapping[str, Any], name: str) -> tuple[float, float] | None:
+    bounds = record["ci95"].get(name)
+    return None if bounds is None else (float(bounds[0]), float(bounds[1]))
+
+
+def _logged(path: Path, step: int) -> tuple[list[Figure], int | None]:
+    """Those of the last evaluation during training up to `step`, and its step."""
     rows = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
         try:
@@ -215,26 +234,15 @@ def _figures(path: Path, step: int) -> tuple[list[Figure], int | None]:
     if not rows:
         return [], None
     row = max(rows, key=lambda found: found["step"])
-    bounds = {suffix for pair in INTERVALS for suffix in pair}
-    values = {
-        name: float(value)
+    figures = [
+        Figure(name, float(value))
         for name, value in row.items()
         if "/" in name and isinstance(value, int | float)
-    }
-    figures = []
-    for name, value in values.items():
-        if any(name.endswith(suffix) and name.removesuffix(suffix) in values for suffix in bounds):
-            continue
-        pair = next(
-            ((values[name + low], values[name + high]) for low, high in INTERVALS
-             if name + low in values and name + high in values),
-            None,
-        )  # fmt: skip
-        figures.append(Figure(name, value, pair))
+    ]
     return figures, row["step"]
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:

@@ -146,8 +146,12 @@ def _figures(run: RunFacts) -> str:
         )
         for figure in run.figures
     ]
-    when = "" if run.figures_step == run.step else f" (of step {run.figures_step})"
-    return f"By the run itself{when}:\n\n" + _table(("figure", "value", "95 % interval"), rows)
+    of = (
+        "this checkpoint"
+        if run.figures_step == run.step
+        else f"the run (of step {run.figures_step})"
+    )
+    return f"Measured on {of}:\n\n" + _table(("figure", "value", "95 % interval"), rows)
 
 
 def _licence(licence: str | None) -> str:
