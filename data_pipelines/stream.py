@@ -10,6 +10,7 @@ sources and sampling with replacement are orders of their own (`data_pipelines.o
 
 from __future__ import annotations
 
+import multiprocessing
 import signal
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -27,7 +28,7 @@ from data_pipelines.shard_index import ShardIndex
 from data_pipelines.shard_reader import PREFETCHED, ShardReader
 from data_pipelines.shards import describe_skips
 from data_pipelines.sources import is_remote
-from data_pipelines.waiting import Board, Watch
+from data_pipelines.waiting import Board, Watch, dead_processes
 
 Batch = dict[str, Any]
 ATTEMPTS = 64
@@ -224,8 +225,12 @@ class Stream:
             # A loader draws one number; not from the generator that training uses.
             generator=torch.Generator(),
         )
+        # Told by the parent, for a loader may die before it has said anything.
+        others = multiprocessing.active_children()
+        loading = iter(loader)
+        loaders = [child for child in multiprocessing.active_children() if child not in others]
         try:
-            batches = self._checked(iter(loader))
+            batches = self._checked(loading)
             yield from batches if self.finish is None else map(self.finish, batches)
         except ShardError as error:
             raise without_stack(error) from None
@@ -233,8 +238,7 @@ class Stream:
             known = str(error).startswith("DataLoader worker (pid")
             if not self.workers or (isinstance(error, RuntimeError) and not known):
                 raise
-            dead = self.dataset.board.dead()
-            raise _dead_loader(error, dead) from None
+            raise _dead_loader(error, dead_processes(loaders)) from None
 
     def _checked(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """The batches, with a word about long waits and a limit to what is skipped."""

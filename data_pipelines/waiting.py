@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-import multiprocessing
 import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from multiprocessing.process import BaseProcess
 
 import torch
 from torch.utils.data import get_worker_info
@@ -41,18 +41,6 @@ class Board:
         row = worker.id if worker is not None else 0
         self._rows[row] = torch.tensor([os.getpid(), sample, since])
 
-    def dead(self) -> list[int]:
-        """Ids of loader processes that are no more. They lose their connections first, so this
-        waits for a moment where all seem to be there."""
-        for _ in range(50):
-            with suppress(RuntimeError):  # torch raises it out of the signal that a child has died
-                alive = {child.pid for child in multiprocessing.active_children()}
-                dead = [pid for pid in self._rows[:, 0].tolist() if pid and pid not in alive]
-                if dead:
-                    return dead
-                time.sleep(0.1)
-        return []
-
     def describe(self, index: SampleIndex, waited: float) -> str:
         """One line about a wait of so many seconds."""
         states = []
@@ -66,6 +54,18 @@ class Board:
             else:
                 states.append(f"{name} is idle")
         return f"no batch for {waited:.0f} s: " + "; ".join(states)
+
+
+def dead_processes(processes: Sequence[BaseProcess]) -> list[int]:
+    """Ids of those that have ended. They lose their connections first, so this waits for a moment
+    where all seem to be there."""
+    for _ in range(50):
+        with suppress(RuntimeError):  # torch raises it out of the signal that a child has died
+            dead = [process.pid for process in processes if process.exitcode is not None]
+            if dead:
+                return [pid for pid in dead if pid is not None]
+            time.sleep(0.1)
+    return []
 
 
 class Watch:

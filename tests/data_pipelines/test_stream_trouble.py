@@ -23,6 +23,7 @@ from data_pipelines.errors import LoaderError
 from data_pipelines.image_text import image_text_stream
 from data_pipelines.shards import ShardError
 from data_pipelines.stream import SkipSample
+from data_pipelines.waiting import dead_processes
 from tests.data_pipelines.test_orders import stream_of
 
 
@@ -63,6 +64,17 @@ def test_a_killed_loader_ends_the_stream_and_a_new_one_goes_on(workers: int) -> 
     rest = stream_of([30], global_batch=5, workers=workers).batches(start)
     seen += [next(rest)["sample"] for _ in range(3)]
     assert torch.equal(torch.stack(seen), torch.stack(whole))
+
+
+def test_a_loader_that_dies_before_it_has_begun_is_named() -> None:
+    idle = [multiprocessing.Process(target=time.sleep, args=(60,)) for _ in range(2)]
+    for process in idle:
+        process.start()
+    os.kill(idle[1].pid or 0, signal.SIGKILL)
+    assert dead_processes(idle) == [idle[1].pid]
+    idle[0].kill()
+    for process in idle:
+        process.join()
 
 
 @pytest.mark.parametrize("workers", [0, 2])
