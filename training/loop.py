@@ -22,6 +22,7 @@ from training.config import OptimizerConfig, ScheduleConfig, TrainConfig
 from training.durations import seconds
 from training.ema import WeightAverage
 from training.evaluation import Evaluation
+from training.machine import keep_freed_memory
 from training.objective import Batch, Evaluator, Metrics, Objective, TrainingStream, check_share
 from training.optim import build_optimizer
 from training.parallel import Layout
@@ -171,6 +172,8 @@ class Trainer:
         main = self.accelerator.is_main_process
         if main:
             self._announce()
+        if self.accelerator.device.type == "cpu":
+            keep_freed_memory()
         budget = self.train.max_time and seconds(self.train.max_time, "train.max_time")
         progress = Progress(self.step, self.plan.steps, main)
         self.tracking = Tracking(

@@ -2,9 +2,41 @@
 
 from __future__ import annotations
 
+import platform
+import subprocess
+import sys
+
 import pytest
 
 from training.machine import CorePlan, available_cores, local_processes, plan_cores
+
+PASSES = """
+import resource, sys
+import torch
+from training.machine import keep_freed_memory
+if sys.argv[1] == "keep":
+    assert keep_freed_memory()
+def step():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    blocks = [torch.ones(5 * 2**20) for _ in range(6)]  # 20 MiB each
+    del blocks
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+for _ in range(3):
+    step()
+print(step())
+"""
+
+
+def pages_of_a_step(mode: str) -> int:
+    """Fresh pages that a repeated step of 120 MiB asks the system for."""
+    command = [sys.executable, "-c", PASSES, mode]
+    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
+def test_a_step_takes_the_memory_that_the_last_one_freed() -> None:
+    assert pages_of_a_step("default") > 1000
+    assert pages_of_a_step("keep") < 100
 
 
 @pytest.mark.parametrize(
