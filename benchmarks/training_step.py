@@ -366,23 +366,32 @@ def measure_memory(setting: Setting, run: Run, steps: int) -> dict[str, Any]:
 
 
 def measure_saving(setting: Setting, run: Run, modes: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Wall time that a checkpoint adds to its step, by how it is written."""
-    row: dict[str, Any] = {"setting": setting.label}
-    for mode, options in modes.items():
-        case = Case(setting, "engine", run, save_every=4, **options)
-        case.steps(4)
-        stalls = []
-        for _ in range(max(3, run.rounds // 2)):
-            walls = []
-            for _ in range(4):  # the last of which saves
-                start = time.perf_counter()
-                case.steps(1)
-                walls.append(time.perf_counter() - start)
-            stalls.append(walls[-1] - statistics.median(walls[:-1]))
+    """Wall time that a checkpoint adds to its own step (`stall`) and to all steps until the next
+    (`added`), over a run that saves nothing; a writer in the background wants a core of its own."""
+    cases = {mode: Case(setting, "engine", run, **options) for mode, options in modes.items()}
+    found: dict[str, list[float]] = {f"{mode}_{kind}": [] for mode in modes for kind in KINDS}
+    for number in range(1 + run.rounds):
+        plain = 0.0
+        for mode, case in cases.items():
+            walls = [wall_time(case) for _ in range(SAVE_EVERY)]
+            if mode == "none":
+                plain = statistics.median(walls)
+            elif number > 0:  # the first round has no save behind it
+                found[f"{mode}_stall"].append(walls[-1] - plain)
+                found[f"{mode}_added"].append(sum(walls) - SAVE_EVERY * plain)
+    for case in cases.values():
         case.stop()
-        row[f"{mode}_stall_ms"] = round(1000 * statistics.median(stalls), 1)
-    row["background_share"] = round(row["background_stall_ms"] / row["synchronous_stall_ms"], 3)
+    row: dict[str, Any] = {"setting": setting.label, "save_every": SAVE_EVERY}
+    row |= {f"{name}_ms": round(1000 * statistics.median(v), 1) for name, v in found.items() if v}
+    row["stall_share"] = round(row["background_stall_ms"] / row["synchronous_stall_ms"], 3)
     return row
+
+
+def wall_time(case: Case) -> float:
+    """Seconds of one step, by the clock on the wall."""
+    start = time.perf_counter()
+    case.steps(1)
+    return time.perf_counter() - start
 
 
 def flops(setting: Setting) -> int:
@@ -417,7 +426,12 @@ def show(row: dict[str, Any]) -> None:
     print("  " + "  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
 
 
-SAVING = {"synchronous": {}, "background": {"save_in_background": True}}
+SAVE_EVERY, KINDS = 6, ("stall", "added")
+SAVING: dict[str, dict[str, Any]] = {
+    "none": {},
+    "synchronous": {"save_every": SAVE_EVERY},
+    "background": {"save_every": SAVE_EVERY, "save_in_background": True},
+}
 PARTS = ("steps", "memory", "saving")
 
 

@@ -133,6 +133,7 @@ class Trainer:
             self.layout,
             optimizer,
             self.plan,
+            self.saver.settle,
             parts=train.accumulation,
             average=self.average,
         )
@@ -373,6 +374,7 @@ class Trainer:
         try:
             if evaluates:
                 self._enter("evaluating")
+                self.saver.settle()  # an average may take the place of the weights
                 figures = self.evaluate()
         except Interrupted:
             self.stopped = self._requests.reason

@@ -37,6 +37,7 @@ from training.finite import FiniteGuard
 from training.objective import Objective, TrainingStream
 from training.parallel import Layout
 from training.retention import protected_checkpoints
+from training.snapshot import Snapshot
 
 GUARD = "guard.safetensors"
 AVERAGE = "average.safetensors"
@@ -82,6 +83,8 @@ class Saver:
         self.layout = layout
         self.keep_last, self.keep_every, self.keep_best = keep_last, keep_every, keep_best
         self._in_background, self._background = in_background, Background(in_background)
+        self._snapshot: Snapshot | None = None
+        self._parameters = {name for name, _ in objective.model.named_parameters()}
         self._started, self.earlier_seconds = time.monotonic(), 0.0
         self.average, self.exports_average = average, exports_average
         self.last_step: int | None = None
@@ -100,9 +103,15 @@ class Saver:
         self.finish()
         writer = CheckpointWriter(self.folder, step)
         state = self._state(skipped, position)
-        files = self._tensor_files()
-        if accelerator.is_main_process:
+        sources = self._tensor_files()
+        main = accelerator.is_main_process
+        files = {name: self.layout.whole(tensors, main) for name, tensors in sources.items()}
+        if main:
             self._try(writer, partial(self._begin, writer, files))
+            if self._in_background:
+                self._snapshot = Snapshot(sources, files, self._only_updates_change)
+                self._background.do(self._snapshot.finish)
+                files = self._snapshot.files
             self._background.do(partial(self._try, writer, partial(_fill, writer, files, state,
                                         self.objective.config_files())))  # fmt: skip
         accelerator.wait_for_everyone()
@@ -111,25 +120,22 @@ class Saver:
         accelerator.wait_for_everyone()
         return writer
 
+    def settle(self) -> None:
+        """Wait until weights and optimizer state may change; called before every update."""
+        if self._snapshot is not None:
+            self._snapshot.wait()
+            self._snapshot = None
+
     def _tensor_files(self) -> dict[str, dict[str, Tensor]]:
-        """All whole tensors by file, on the main process; copies if they are written while
-        training goes on."""
+        """All tensors by file, as the training has them."""
         files = self._weights()
         files[OPTIMIZER] = optimizer_tensors(self.optimizer, self.objective)
         if self.guard.leaves_out:
             files[GUARD] = self.guard.state()
-        main = self.accelerator.is_main_process
-        whole = {name: self.layout.whole(tensors, main) for name, tensors in files.items()}
-        if self._in_background:
-            return {
-                name: {
-                    # What was put together from parts is a copy already.
-                    key: value.detach().to("cpu", copy=True) if value is files[name][key] else value
-                    for key, value in tensors.items()
-                }
-                for name, tensors in whole.items()
-            }
-        return whole
+        return files
+
+    def _only_updates_change(self, file: str, name: str) -> bool:
+        return file in (OPTIMIZER, AVERAGE) or (file != GUARD and name in self._parameters)
 
     def _begin(self, writer: CheckpointWriter, files: dict[str, dict[str, Tensor]]) -> None:
         writer.begin()

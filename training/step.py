@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -26,6 +27,7 @@ class TrainingStep:
         wrapped: the objective as accelerate has prepared it; all training goes through it.
         updater: the prepared optimizer.
         average: of the weights, to keep up with them.
+        before_update: called when the gradient is there and the weights are about to change.
         parts: pieces that this process's share of a batch is split into.
         plan: the schedule; the number of steps may become known later.
     """
@@ -40,6 +42,7 @@ class TrainingStep:
         layout: Layout,
         optim: OptimizerConfig,
         plan: Plan,
+        before_update: Callable[[], None],
         *,
         parts: int,
         average: WeightAverage | None = None,
@@ -47,6 +50,7 @@ class TrainingStep:
         self.objective, self.wrapped, self.updater = objective, wrapped, updater
         self.accelerator, self.guard, self.layout = accelerator, guard, layout
         self.optim, self.plan, self.parts, self.average = optim, plan, parts, average
+        self.before_update = before_update
         # Accelerate's own method looks for a package in every step; only a scaler needs it.
         self._update = updater.optimizer.step if accelerator.scaler is None else updater.step
         self.rate = 0.0  # of the last step, before factors
@@ -67,6 +71,7 @@ class TrainingStep:
             name: torch.stack([metrics[name] for _, metrics in results]).mean()
             for name in results[0][1]
         }
+        self.before_update()
         self._apply(self.guard.check(loss, norm, step + 1, batch.get("key")))
         self.guard.count(self.updater.step_was_skipped, step + 1)
         self.updater.zero_grad()

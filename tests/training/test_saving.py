@@ -11,15 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from torch import nn
 
 from tests.training.test_loop import Regression, make_trainer, metrics, outcome
 from training.background import Background
 from training.checkpoint import checkpoint_name as name_of
-from training.checkpoint import load_tensors, newest_checkpoint, read_manifest
+from training.checkpoint import newest_checkpoint, read_manifest
 from training.retention import figure, protected_checkpoints
 from training.saving import SaveError
+from training.snapshot import Snapshot
 
 
 def names(run_dir: Path) -> list[int]:
@@ -38,6 +38,14 @@ class Falling:
     def __call__(self, model: nn.Module) -> dict[str, float | None]:
         value = next(self.values)
         return {"acc1": value, "loss": -value, "none": None}
+
+
+class Slow(Falling):
+    """Takes its time, in which the average of the weights may stand in their place."""
+
+    def __call__(self, model: nn.Module) -> dict[str, float | None]:
+        time.sleep(0.05)
+        return super().__call__(model)
 
 
 @pytest.mark.parametrize(
@@ -92,21 +100,23 @@ def test_in_the_background_the_same_is_written(tmp_path: Path) -> None:
         assert outcome(tmp_path / "beside", step) == outcome(tmp_path / "at_once", step)
 
 
-def test_what_changes_after_a_save_began_is_not_in_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("settings", [{}, {"ema_decay": 0.9, "ema_export": True}])
+def test_an_update_waits_for_a_copy_that_is_late(
+    tmp_path: Path, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trainer = make_trainer(tmp_path, save_in_background=True)
-    tasks: list[Callable[[], None]] = []
-    monkeypatch.setattr(trainer.saver._background, "do", tasks.append)  # a thread that is late
-    before = trainer.objective.model.state_dict()["0.weight"].clone()
-    trainer.save()
-    with torch.no_grad():
-        for parameter in trainer.objective.parameters():
-            parameter.fill_(7)
-    for task in tasks:
-        task()
-    saved = load_tensors(tmp_path / "checkpoints" / name_of(0) / "model.safetensors")
-    assert torch.equal(saved["0.weight"], before)
+    def finish(snapshot: Snapshot) -> None:
+        time.sleep(0.03)  # several steps of this model
+        copy(snapshot)
+
+    copy = Snapshot.finish
+    make_trainer(tmp_path / "at_once", save_every=4, keep_last=9, **settings).fit()
+    monkeypatch.setattr(Snapshot, "finish", finish)
+    more: dict[str, Any] = {"eval_every": 4, "ema_evaluate": bool(settings)} | settings
+    beside = {"save_every": 4, "keep_last": 9, "save_in_background": True}
+    late = make_trainer(tmp_path / "late", evaluators=(Slow(),), **beside, **more)
+    late.fit()
+    for step in (4, 8, 12):
+        assert outcome(tmp_path / "late", step)[0] == outcome(tmp_path / "at_once", step)[0]
 
 
 def test_an_error_in_the_background_surfaces_and_ends_what_follows() -> None:
