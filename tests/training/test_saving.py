@@ -105,7 +105,7 @@ def test_an_update_waits_for_a_copy_that_is_late(
     tmp_path: Path, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def finish(snapshot: Snapshot) -> None:
-        time.sleep(0.03)  # several steps of this model
+        time.sleep(0.08)  # several steps of this model
         copy(snapshot)
 
     copy = Snapshot.finish
