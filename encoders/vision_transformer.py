@@ -102,6 +102,8 @@ class SoftMoEVisionTransformer(VisionTransformer):
         width, heads = kwargs.get("embed_dim", 768), kwargs.get("num_heads", 12)
         if width % heads:
             raise ValueError(f"num_heads={heads} must divide embed_dim={width}")
+        if not kwargs.get("dynamic_img_pad"):
+            check_grid(kwargs.get("img_size", 224), kwargs.get("patch_size", 16))
         fixed = pos_embed == "sincos2d"
         defaults = ARRANGEMENT | {
             "block_fn": block_factory(self, routed, router, num_experts, options),
@@ -290,6 +292,23 @@ def sincos_position_embedding(grid: tuple[int, int], dim: int) -> Tensor:
     angles = [axis.reshape(-1, 1) * frequencies for axis in (x, y)]
     parts = [function(angle) for angle in angles for function in (torch.sin, torch.cos)]
     return torch.cat(parts, dim=1).unsqueeze(0).float()
+
+
+def check_grid(image: int | Sequence[int], patch: int | Sequence[int]) -> None:
+    """Refuse pictures whose last pixels would be in no patch.
+
+    Raises:
+        ValueError: the patch size does not divide the image size.
+    """
+    images = (image, image) if isinstance(image, int) else image
+    patches = (patch, patch) if isinstance(patch, int) else patch
+    for pixels, size in zip(images, patches, strict=True):
+        if pixels % size:
+            near = [str(n) for n in (pixels - pixels % size, pixels + size - pixels % size) if n]
+            raise ValueError(
+                f"patches of {size} pixels do not divide img_size {pixels}: take"
+                f" {' or '.join(near)}, or dynamic_img_pad"
+            )
 
 
 def resolve_moe_blocks(moe_blocks: int | str | Sequence[int], depth: int) -> tuple[int, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
+import select
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -17,7 +18,11 @@ from typing import Any, NoReturn, TypeVar, cast
 from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
 
 T = TypeVar("T")
-EXIT_USAGE = 2
+EXIT_USAGE, EXIT_PIPE = 2, 141  # the latter as of a command that SIGPIPE ends
+# Of jsonargparse's messages.
+PHRASES = {"Parser key ": "", "<class '": "", "'>": "", "Expected a int": "Expected an int"}
+# Names that other projects give a setting.
+ALIASES = {"learning_rate": "lr", "epochs": "steps", "wd": "weight_decay", "warmup": "warmup_steps"}
 ROOT = Path(__file__).resolve().parents[1]
 OURS = {
     "classification", "contrastive", "data_pipelines", "encoders", "eval", "scripts", "training",
@@ -87,11 +92,18 @@ def _check_config_files(argv: list[str]) -> None:
             name = argv[position + 1]
         elif word.startswith("--config="):
             name = word.partition("=")[2]
+        if name is not None and Path(name).is_dir():
+            fail(f"--config {name}: is a folder; name a YAML file in it")
         if name is not None and not Path(name).is_file():
             presets = sorted(str(path) for path in Path("configs").glob("*.yaml"))
             near = difflib.get_close_matches(name, presets, n=1)
             hint = f"; did you mean {near[0]}?" if near else ""
             fail(f"--config {name}: there is no such file{hint}")
+        if name is not None:
+            try:
+                Path(name).read_text(encoding="utf-8")
+            except UnicodeDecodeError:
+                fail(f"--config {name}: is no text, and so no YAML file")
 
 
 def _check_groups(defaults: Any, values: Namespace, prefix: str = "") -> None:
@@ -124,6 +136,9 @@ def _explain(message: str, known: list[str]) -> str:
     entry = re.search(r"\"([\w.]+)\": Not a valid subclass .* Got value: (.*?) Subclass ty", line)
     if group is not None or entry is not None:
         return _group_message(*(group or cast(re.Match[str], entry)).groups())
+    if "Expected a dot import path string" in line:
+        name = re.search(r"\"([\w.]+)\"", line)
+        return f"{name[1] if name else 'a list'}: cannot be read; quote it: '[{{\"name\": ...}}]'"
     if nested is not None:
         return _suggest(".".join(nested.groups()), known)
     if item is not None:  # an entry of a list: only the last part of a name can be compared
@@ -132,12 +147,16 @@ def _explain(message: str, known: list[str]) -> str:
         return f"unknown setting '{item[2]}' in '{item[1]}'{hint}"
     if plain is not None:
         return _suggest(plain[1] or plain[2], known)
-    return line.replace("Parser key ", "").replace("<class '", "").replace("'>", "")
+    for clumsy, plain_words in PHRASES.items():
+        line = line.replace(clumsy, plain_words)
+    return line
 
 
 def _suggest(key: str, known: list[str]) -> str:
     """The message for an unknown key: the nearest known one, by full name or by last part."""
-    near = difflib.get_close_matches(key, known, n=1)
+    group, _, last = key.rpartition(".")
+    alias = f"{group}.{ALIASES.get(last)}".removeprefix(".")
+    near = [alias] if alias in known else difflib.get_close_matches(key, known, n=1)
     if not near:
         leaves = {name.rpartition(".")[2]: name for name in known}
         best = difflib.get_close_matches(key.rpartition(".")[2], list(leaves), n=1)
@@ -153,7 +172,10 @@ def run(main: Callable[[], object]) -> None:
     try:
         _check_owners()
         main()
+        sys.stdout.flush()
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and _reader_has_gone():
+            raise SystemExit(EXIT_PIPE) from None
         if not _is_for_the_user(error):
             raise
         fail(" ".join(str(error).split()), EXIT_USAGE if isinstance(error, ValueError) else 1)
@@ -161,6 +183,16 @@ def run(main: Callable[[], object]) -> None:
         with suppress(BrokenPipeError):
             print("interrupted", file=sys.stderr)
         raise SystemExit(130) from None
+
+
+def _reader_has_gone() -> bool:
+    """Whether what reads our output, such as `head`, has seen enough; nothing is written then."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    gone = any(event & select.POLLERR for _, event in poll.poll(0))
+    if gone:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return gone
 
 
 def _check_owners() -> None:

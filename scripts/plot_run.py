@@ -42,11 +42,18 @@ def draw_runs(runs: Sequence[Path], output: Path, only: Sequence[str] = ()) -> N
     if unknown:
         raise ValueError(f"--only: no figure {unknown}; there are {', '.join(sorted(names))}")
     order = {name: place for place, name in enumerate(FIRST)}
-    panels = list(only) or sorted(names, key=lambda name: (order.get(name, len(order)), name))
+    curves = {name for name in names if any(has_curve(found, name) for found in rows.values())}
+    chosen = sorted(curves or names, key=lambda name: (order.get(name, len(order)), name))
+    panels = list(only) or chosen
     output.parent.mkdir(parents=True, exist_ok=True)
     _draw(rows, panels[:LARGEST], output)
     left = len(panels) - LARGEST
     print(f"{output}" + (f"; {left} more figures: choose with --only" if left > 0 else ""))
+
+
+def has_curve(rows: Sequence[dict[str, Any]], name: str) -> bool:
+    """Whether there is more than a single point to draw."""
+    return sum(isinstance(row.get(name), int | float) for row in rows) > 1
 
 
 def read_rows(run_dir: Path) -> list[dict[str, Any]]:

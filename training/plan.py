@@ -98,6 +98,17 @@ def check_settings(
     for name in ("batch_size", "accumulation", "log_every", "keep_last"):
         if getattr(train, name) < 1:
             raise ValueError(f"train.{name} must be at least 1, got {getattr(train, name)}")
+    for name in ("lr", "weight_decay", "eps"):
+        if not 0 <= getattr(optim, name) < float("inf"):
+            raise ValueError(
+                f"optimizer.{name} must be a number that is not negative, got"
+                f" {getattr(optim, name)}"
+            )
+    for name in ("beta1", "beta2"):
+        if not 0 <= getattr(optim, name) < 1:
+            raise ValueError(
+                f"optimizer.{name} must be at least 0 and below 1, got {getattr(optim, name)}"
+            )
     if optim.clip_norm < 0:
         raise ValueError("optimizer.clip_norm must not be negative; 0 turns clipping off")
     if train.compile and train.accumulation > 1:

@@ -16,6 +16,8 @@ from typing import Any
 
 SETTINGS = "config.yaml"
 PARTIAL_SETTINGS = SETTINGS + ".partial"
+# All that a run has written which failed before its first step.
+OF_A_START = {SETTINGS, PARTIAL_SETTINGS, "env.json", "train.log"}
 # What a run may change when it is continued: nothing of it touches what is learnt, but for the
 # number of steps, which is worth a line.
 FREE_SETTINGS = {
@@ -57,8 +59,13 @@ def check_run_directory(
     own = resume == "auto" or (
         resume is not None and folder.resolve() in Path(resume).resolve().parents
     )
-    # A kill while the settings are written leaves no more than their partial file.
-    if not folder.is_dir() or all(path.name == PARTIAL_SETTINGS for path in folder.iterdir()):
+    blocked = next((path for path in (folder, *folder.parents) if path.is_file()), None)
+    if blocked is not None:
+        raise RunDirectoryError(
+            f"run directory '{folder}': '{blocked}' is a file: choose another --run_dir"
+        )
+    present = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    if not present - {PARTIAL_SETTINGS} or (resume is None and present <= OF_A_START):
         return {}
     if not own:
         raise RunDirectoryError(

@@ -139,6 +139,7 @@ def test_capacity_counts_every_token() -> None:
         ({"pos_embed": "rotary"}, "pos_embed='rotary': choose learn, none or sincos2d"),
         ({"pos_embed": "sincos2d", "embed_dim": 30}, "embed_dim=30 must be a multiple of 4"),
         ({"representation_size": 0}, "representation_size must be at least 1"),
+        ({"img_size": 65}, "patches of 8 pixels do not divide img_size 65: take 64 or 72"),
     ],
 )
 def test_unusable_options_are_refused(options: dict[str, Any], message: str) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -61,7 +63,7 @@ def test_defaults_files_and_options_in_that_order(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("option", "nearest"),
     [
-        ("--optimizer.learning_rate", ""),
+        ("--optimizer.learning_rate", "optimizer.lr"),
         ("--optimizer.weight_decy", "optimizer.weight_decay"),
         ("--optimiser.lr", "optimizer.lr"),
         ("--lr", "optimizer.lr"),
@@ -137,7 +139,11 @@ def test_broken_and_missing_files(capsys: pytest.CaptureFixture[str], tmp_path: 
     assert "there is no such file" in refusal(capsys, f"--config={missing}")
     refusal(capsys, "--config", settings_file(tmp_path, "optimizer: {lr: ["))
     refusal(capsys, "--config", settings_file(tmp_path, "just words"))
-    refusal(capsys, "--config", str(tmp_path))
+    assert "is a folder" in refusal(capsys, "--config", str(tmp_path))
+    (tmp_path / "picture.jpg").write_bytes(b"\xff\xd8\xff\xe0")
+    assert "picture.jpg: is no text" in refusal(capsys, "--config", str(tmp_path / "picture.jpg"))
+    line = refusal(capsys, "--evaluation", "[name:a]")  # a shell has taken quotes and braces
+    assert line.startswith("error: evaluation: cannot be read; quote it")
 
 
 def test_a_missing_preset_names_the_nearest(
@@ -227,6 +233,14 @@ def test_errors_that_a_user_can_mend_are_one_line(
         run(main)
     assert stop.value.code == code
     assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_output_that_nobody_reads_is_no_error() -> None:
+    code = "from scripts.cli import run; run(lambda: [print('word ' * 99) for _ in range(9999)])"
+    command = f'{sys.executable} -c "{code}" | head -1; echo ${{PIPESTATUS[0]}}'
+    result = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=ROOT)
+    assert result.stderr == ""
+    assert result.stdout.splitlines()[-1] == "141"
 
 
 def wrong_call() -> None:

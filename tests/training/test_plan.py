@@ -9,8 +9,8 @@ import pytest
 
 from tests.training.test_loop import BATCH, make_trainer, metrics
 from training.checkpoint import checkpoint_name as name_of
-from training.config import ScheduleConfig, TrainConfig
-from training.plan import MEASURED, UNKNOWN, make_plan
+from training.config import OptimizerConfig, ScheduleConfig, TrainConfig
+from training.plan import MEASURED, UNKNOWN, check_settings, make_plan
 
 
 @pytest.mark.parametrize(
@@ -39,6 +39,14 @@ def test_durations_that_cannot_be_converted_are_refused(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         make_plan(TrainConfig(**settings), ScheduleConfig(), samples=64)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"lr": -1.0}, {"lr": float("nan")}, {"eps": -1e-8}, {"beta1": 1.0}, {"beta2": -1}]
+)
+def test_impossible_optimizer_settings_are_refused(settings: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match=rf"optimizer\.{next(iter(settings))} must be"):
+        check_settings(TrainConfig(), OptimizerConfig(**settings), 1, [])
 
 
 def test_a_run_of_a_given_time_finds_its_steps_and_keeps_them(

@@ -68,6 +68,21 @@ def test_a_folder_that_is_no_run_is_never_used(tmp_path: Path, content: str | No
         check(tmp_path, "auto", SETTINGS)
 
 
+def test_a_run_that_failed_before_its_first_step_may_be_repeated(used: Path) -> None:
+    (used / "train.log").write_text("error: labels are words")
+    assert check(used, None, changed(seed=1)) == {}
+    (used / "metrics.jsonl").touch()
+    with pytest.raises(RunDirectoryError, match="is not empty"):
+        check(used, None, SETTINGS)
+
+
+@pytest.mark.parametrize("parts", [(), ("below", "it")])
+def test_a_file_in_the_way_is_named(tmp_path: Path, parts: tuple[str, ...]) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(RunDirectoryError, match=r"file' is a file: choose another"):
+        check(tmp_path.joinpath("file", *parts), None, SETTINGS)
+
+
 def test_settings_that_change_nothing_learnt_may_change(used: Path) -> None:
     present = changed(
         run_dir="two", resume="auto", evaluation=[], data={"workers": 3, "crop_scale": (0.5, 1.0)}
