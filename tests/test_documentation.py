@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 import yaml
 
 from classification.objective import build_classifier
 from contrastive.dual_encoder import build_dual_encoder, model_config
+from encoders.flops import image_flops
 from scripts.cli import parse_config
 from scripts.evaluate import EvaluateRun
 from scripts.pretrain import PretrainRun
@@ -53,6 +55,7 @@ LEFT = {
     "docs/quick_start.md": ["runs/quick/slots.png"],
     "docs/training.md": ["curves.png"],
 }
+PRINTED = {"docs/quick_start.md": ["acc1", "routing of"], "docs/evaluation.md": ["10shot_acc1"]}
 # Their models have hundreds of millions of parameters: they are built without memory for them.
 WITHOUT_MEMORY = {"docs/experts_and_slots.md", "docs/routers.md"}
 BLOCKS = [block for page in PAGES for block in read_blocks(page)]
@@ -129,6 +132,8 @@ def test_blocks_run_in_the_order_of_the_page(
         path = tmp_path / left
         assert any(path.iterdir()) if path.is_dir() else path.stat().st_size > 100, left
     printed = capsys.readouterr().out
+    for words in PRINTED.get(page, []):
+        assert words in printed
     for block in of("output"):
         if block.page == page:
             compare_output(block, printed)
@@ -196,9 +201,57 @@ def test_settings_are_those_of_the_command_and_build_its_model(
                 build_dual_encoder(model_config(config.image, config.text, config.contrastive, 8))
 
 
-def test_python_of_experts_and_slots_has_the_size_of_the_table() -> None:
-    names: dict[str, Any] = {}
-    (block,) = (b for b in of("run", "python") if b.page == "docs/experts_and_slots.md")
+def rows_of(page: str, first: str) -> list[list[str]]:
+    """Rows of a table whose first cell matches a pattern; cells without spaces and stars."""
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    rows = [line.strip("|").split("|") for line in text.splitlines() if line.startswith("|")]
+    cells = [[cell.strip().strip("*") for cell in row] for row in rows]
+    return [row for row in cells if re.fullmatch(first, row[0])]
+
+
+def meta_model(name: str, **options: Any) -> Any:
     with torch.device("meta"):
-        exec(block.text, names)
-    assert round(sum(p.numel() for p in names["model"].parameters()) / 1e6) == 242
+        return timm.create_model(name, **options)
+
+
+def amount(cell: str) -> float:
+    """A number with its unit."""
+    number, _, unit = cell.partition(" ")
+    return float(number) * {"M": 1e6, "G": 1e9, "B": 1e9, "GB": 1e9, "": 1.0}[unit]
+
+
+def parameters(model: Any, part: str = "") -> int:
+    return sum(p.numel() for name, p in model.named_parameters() if part in name)
+
+
+def test_the_table_of_costs_is_right() -> None:
+    rows = rows_of("experts_and_slots.md", r"dense|\d+( experts)? x \d+.*")
+    assert len(rows) == 7
+    for first, slots, *figures in rows:
+        experts, each = map(int, re.findall(r"\d+", first)[:2]) if slots else (0, 0)
+        options = {"num_experts": experts, "slots_per_expert": each} if experts else {}
+        assert (str(experts * each) if experts else "") == slots
+        for place, size in enumerate(("small", "base")):
+            kind = "soft_moe" if experts else "dense"
+            model = meta_model(f"{kind}_vit_{size}_patch16_224", num_classes=0, **options)
+            counted, flops = figures[2 * place : 2 * place + 2]
+            assert parameters(model) == pytest.approx(amount(counted), rel=0.03), first
+            assert sum(image_flops(model).values()) / 1e9 == pytest.approx(float(flops), abs=0.06)
+
+
+def test_the_table_of_memory_is_right() -> None:
+    rows = rows_of("scaling.md", r"ViT B/16|Soft MoE ./1\d, 128 experts")
+    names = [
+        "dense_vit_base_patch16_224", "soft_moe_vit_small_patch16_224",
+        "soft_moe_vit_base_patch16_224", "soft_moe_vit_large_patch16_224",
+        "soft_moe_vit_huge_patch14_224",
+    ]  # fmt: skip
+    for name, (_, counted, whole, divided, sharded) in zip(names, rows, strict=True):
+        model = meta_model(name, **({} if "dense" in name else {"num_experts": 128}))
+        total, experts = parameters(model), parameters(model, ".experts.")
+        assert total == pytest.approx(amount(counted), rel=0.01)
+        assert 16 * total == pytest.approx(amount(whole), rel=0.02)
+        if experts:
+            kept = total - experts + experts / 8
+            assert 16 * kept == pytest.approx(amount(divided), rel=0.02)
+        assert 16 * total / 8 == pytest.approx(amount(sharded), rel=0.02, abs=6e7)
