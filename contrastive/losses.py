@@ -29,7 +29,7 @@ def normalize_features(features: Tensor) -> Tensor:
 
 
 def widen(tensor: Tensor) -> Tensor:
-    """In float32 at least."""
+    """A tensor of any shape in float32, or in its own type if that is wider."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 

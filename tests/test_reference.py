@@ -69,11 +69,12 @@ def test_docstrings_are_understood(
     loaded: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     """Arguments that are described exist; `make docs` only warns of the others."""
-    caplog.set_level(logging.DEBUG, logger="griffe")
+    caplog.set_level(logging.WARNING, logger="griffe")
     for member in members(loaded):
         if member.docstring is not None:
             assert member.docstring.parsed
-    assert [record.getMessage() for record in caplog.records] == []
+    wrong = [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
+    assert wrong == []
 
 
 def test_public_functions_and_classes_are_described(loaded: dict[str, Any]) -> None:
