@@ -39,7 +39,7 @@ def check_trackers(names: Sequence[str]) -> None:
     for name in names:
         if find_spec(name) is None:
             raise ValueError(
-                f"train.trackers: {name} is not installed: pip install 'softmoe-clip[{name}]'"
+                f"train.trackers: {name} is not installed: pip install {name}"
             )
 
 
