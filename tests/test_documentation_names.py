@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import importlib
 import re
+import shlex
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,7 +24,7 @@ from scripts import app, cache_embeddings, evaluate, export, inspect_model, upcy
 from scripts.pretrain import PretrainRun
 from scripts.train_contrastive import ContrastiveRun
 from tests.conftest import ROOT
-from tests.documentation.commands import Parsed, stop_after
+from tests.documentation.commands import Parsed, check, stop_after
 from tests.documentation.pages import PAGES, inline_code, name_of, prose
 from training.config import ParameterRule
 
@@ -204,3 +205,35 @@ def test_the_version_of_open_clip_is_the_one_that_was_read() -> None:
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     (needed,) = (d for d in settings["project"]["dependencies"] if d.startswith("open_clip_torch"))
     assert "3.3" in needed
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_commands_in_sentences_would_be_accepted(
+    page: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    for words in our_words(page):
+        command = re.sub(r"\[[^\]]*\]|\.\.\.", "", words)  # `RUN [RUN ...]`, `python -m x ...`
+        if not re.match(r"(python|accelerate launch|torchrun|make|pip install) ", command):
+            continue
+        command = command.replace("--config FILE", "--config configs/lit.yaml")
+        filled = shlex.split(command.replace(" TOOL --help", " pack"))
+        if filled[:2] == ["python", "-m"] and len(filled) == 3:  # only named
+            resolve(filled[2])
+        elif filled[0] == "accelerate" and "-m" not in filled:
+            check([*filled, "-m", "scripts.train_contrastive"])
+        else:
+            check(filled)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_rows_of_tables_have_as_many_cells_as_their_heads(page: Path) -> None:
+    """A bar inside of code ends a cell, too."""
+    width = None
+    for line in prose(page).splitlines():
+        if not line.startswith("|"):
+            width = None
+            continue
+        cells = len(re.split(r"(?<!\\)\|", line))
+        width = width or cells
+        assert cells == width, line

@@ -88,7 +88,7 @@ def check_accelerate(words: list[str]) -> None:
     options = launch_command_parser().parse_args(words[1:])
     assert options.module, "our commands are started with -m"
     settings = parse_module(options.training_script, options.training_script_args)
-    fits_processes(settings, options.num_processes)
+    fits_processes(settings, options.num_processes or 1)
 
 
 def check_torchrun(words: list[str]) -> None:
