@@ -93,6 +93,8 @@ def test_nothing_is_passed_over(block: Block) -> None:
     }  # fmt: skip
     assert (block.language, block.mark) in kinds
     assert block.words or block.mark not in ("not run", "settings")  # a reason, a command
+    if block.mark == "output":  # of something that is run
+        assert any(other.page == block.page for other in of("run", "bash"))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
