@@ -231,3 +231,14 @@ def test_rows_of_tables_have_as_many_cells_as_their_heads(page: Path) -> None:
         cells = len(re.split(r"(?<!\\)\|", line))
         width = width or cells
         assert cells == width, line
+
+
+def test_pages_that_code_and_presets_send_people_to_exist() -> None:
+    folders = [ROOT / name for name in (*PACKAGES.split(), "configs", "tests")]
+    files = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
+    named = set()
+    for path in files:
+        if path.suffix in (".py", ".yaml"):
+            named |= set(re.findall(r"docs/\w[\w/]*\.md", path.read_text(encoding="utf-8")))
+    assert named
+    assert [page for page in sorted(named) if not (ROOT / page).is_file()] == []
