@@ -29,7 +29,7 @@ def normalize_features(features: Tensor) -> Tensor:
 
 
 def widen(tensor: Tensor) -> Tensor:
-    """In float32 at least."""
+    """A tensor of any shape in float32, or in its own type if that is wider."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
@@ -61,8 +61,10 @@ def clip_loss(
     """Softmax cross-entropy over the batch, mean of both directions (Radford et al., 2021).
 
     Args:
-        image, text: unit rows (b, D) of this process.
-        all_image, all_text: unit rows (B, D) of all processes.
+        image: unit rows (b, D) of this process.
+        text: unit rows (b, D) of this process.
+        all_image: unit rows (B, D) of all processes.
+        all_text: unit rows (B, D) of all processes.
         logit_scale: 0-D, already exponentiated.
         offset: own column of the first row.
         targets: options; None is the own pair alone.
@@ -111,9 +113,15 @@ def siglip_loss(
     """Sigmoid loss over all pairs, summed over texts, mean over images (Zhai et al., 2023).
 
     Args:
-        image: unit rows (b, D) of this process; all_text: unit rows (B, D) of all processes.
-        logit_scale: 0-D, already exponentiated; logit_bias: 0-D.
-        offset, targets, and what is returned: as in `clip_loss`.
+        image: unit rows (b, D) of this process.
+        all_text: unit rows (B, D) of all processes.
+        logit_scale: 0-D, already exponentiated.
+        logit_bias: 0-D.
+        offset: own column of the first row.
+        targets: options; None is the own pair alone.
+
+    Returns:
+        0-D, of this process's rows.
     """
     targets = targets or Targets()
     logits = logit_scale * widen(image) @ widen(all_text).T + logit_bias

@@ -76,7 +76,8 @@ class ContrastiveObjective(Objective):
         model: an open_clip dual encoder.
         model_config: its description, saved with every checkpoint as `open_clip_config.json`.
         config: the loss.
-        mean, std: pixel normalisation of the image tower.
+        mean: of the image tower's pixels, by channel.
+        std: of the image tower's pixels, by channel.
         frozen: modules and parameters that are not trained; they get no gradient, and such modules
             stay in eval mode.
         files: more JSON files of each checkpoint, such as those of a tokenizer.

@@ -41,8 +41,15 @@ def ring_siglip_loss(
     the options alone, group marks and teacher features of all processes are still gathered.
 
     Args:
-        image, text: unit rows (b, D) of this process.
-        The others are those of `tiled_siglip_loss`.
+        image: unit rows (b, D) of this process.
+        text: unit rows (b, D) of this process.
+        logit_scale: 0-D, already exponentiated.
+        logit_bias: 0-D.
+        targets: options; None is the own pair alone.
+        tile_rows: rows whose logits exist at a time.
+
+    Returns:
+        The loss, 0-D, of this process's rows, and what its logits were like.
     """
     plan = sigmoid_plan(targets, rank() * len(image), tile_rows, world_size())
     inputs = (image, text, logit_scale, logit_bias)

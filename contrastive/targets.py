@@ -29,8 +29,8 @@ class Targets:
     """Options of the contrastive losses; without any, a row matches its own column alone.
 
     Args:
-        groups, all_groups: int64 marks (b,) of this process and (B,) of all processes. Pairs with
-            equal marks show the same thing.
+        groups: int64 marks (b,) of this process; pairs with equal marks show the same thing.
+        all_groups: int64 marks (B,) of all processes.
         same_group: "mask" leaves other pairs of the same group out, so that they are not
             negatives; "positive" makes them positives: softmax targets are spread evenly over
             the group, as in supervised contrastive learning (Khosla et al., 2020), and their

@@ -49,10 +49,21 @@ def tiled_clip_loss(
 ) -> tuple[Tensor, Diagnostics]:
     """`contrastive.losses.clip_loss`, and what the logits look like.
 
+    Where `all_image` and `all_text` are `image` and `text` themselves, as in one process, both
+    directions share their logits.
+
     Args:
-        tile_rows: rows whose logits exist at a time. The others are those of `clip_loss`. Where
-            `all_image` and `all_text` are `image` and `text` themselves, as in one process, both
-            directions share their logits.
+        image: unit rows (b, D) of this process.
+        text: unit rows (b, D) of this process.
+        all_image: unit rows (B, D) of all processes.
+        all_text: unit rows (B, D) of all processes.
+        logit_scale: 0-D, already exponentiated.
+        offset: own column of the first row.
+        targets: options; None is the own pair alone.
+        tile_rows: rows whose logits exist at a time.
+
+    Returns:
+        The loss, 0-D, the mean over the b rows of this process, and what its logits were like.
 
     Raises:
         ValueError: tile_rows below 1.
@@ -85,6 +96,18 @@ def tiled_siglip_loss(
     tile_rows: int = TILE_ROWS,
 ) -> tuple[Tensor, Diagnostics]:
     """`contrastive.losses.siglip_loss`, and what the logits look like.
+
+    Args:
+        image: unit rows (b, D) of this process.
+        all_text: unit rows (B, D) of all processes.
+        logit_scale: 0-D, already exponentiated.
+        logit_bias: 0-D.
+        offset: own column of the first row.
+        targets: options; None is the own pair alone.
+        tile_rows: rows whose logits exist at a time.
+
+    Returns:
+        The loss, 0-D, of the b rows of this process, and what its logits were like.
 
     Raises:
         ValueError: tile_rows below 1.

@@ -45,6 +45,9 @@ def shard_hash(index: ShardIndex, number: int) -> str:
     Small shards (up to 64 KiB) are read in full. In larger ones an edit in place that keeps all
     lengths is noticed only where it meets a block; reading everything would take hours for sets
     that are worth caching.
+
+    Raises:
+        ShardError: the shard cannot be read.
     """
     first, last = index.starts[number], index.starts[number + 1]
     size = index.file_bytes[number]

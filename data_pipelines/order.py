@@ -211,7 +211,9 @@ def build_order(
     Args:
         sizes: samples of each shard.
         sources: numbers of shards of each source; empty for one source.
-        seed, shuffle, window: see `SampleOrder`.
+        seed: see `SampleOrder`.
+        shuffle: see `SampleOrder`.
+        window: see `SampleOrder`.
         weights: of each source, or empty.
 
     Raises:

@@ -59,7 +59,11 @@ def expand_shards(pattern: str) -> list[str]:
 
 
 def expand_sources(pattern: str, reading: ReadingConfig | None = None) -> list[list[str]]:
-    """Shard paths of each `::`-joined source of `pattern`; see `expand_shards`."""
+    """Shard paths of each `::`-joined source of `pattern`; see `expand_shards`.
+
+    Raises:
+        ShardError: a source is empty, cannot be read, or matches nothing.
+    """
     if not all(pattern.split("::")):
         raise ShardError(
             f"no shards given in '{pattern}': set data.shards, for example"

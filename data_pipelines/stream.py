@@ -50,7 +50,8 @@ class StreamDataset(Dataset[dict[str, Any]]):
 
     Args:
         order: which sample belongs to a serial number, and what replaces it.
-        load, seed: see above.
+        load: see above.
+        seed: see above.
         stop_with: the shards, if an unusable sample ends the stream; for the message.
         reader: fetches samples of stores ahead.
         board: is told what this process is at.
@@ -131,9 +132,12 @@ class Stream:
     Args:
         index: what the samples are counted in: shards, or a table.
         load: see StreamDataset.
-        seed, shuffle, window: the order.
+        seed: of the order, and of what is drawn for each sample.
+        shuffle: whether the order is another in each epoch.
+        window: samples that are shuffled together.
         global_batch: samples per step over all processes.
-        rank, world: this process and how many there are.
+        rank: this process.
+        world: how many processes there are.
         workers: loader processes; 0 decodes in the training process.
         cached: embeddings that are streamed in place of what a tower would read, by side.
         config: weights of sources, and what to do about bad samples and long waits.

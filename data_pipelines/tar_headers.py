@@ -121,6 +121,7 @@ def _printable(name: str) -> str:
 
 
 def too_many_message(path: str, extensions: set[str]) -> str:
+    """The error about a shard with so many extensions that its keys must have dots in them."""
     examples = ", ".join(sorted(extensions, key=len)[-3:])
     return (
         f"'{path}' has more than {MAX_EXTENSIONS} kinds of members ({examples}, ...): a name is cut"

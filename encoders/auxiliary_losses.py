@@ -31,7 +31,8 @@ def load_loss(clean_logits: Tensor, noisy_logits: Tensor, top_k: int, sigma: flo
     that threshold too.
 
     Args:
-        clean_logits, noisy_logits: (G, S, E), before and after the noise.
+        clean_logits: (G, S, E), before the noise.
+        noisy_logits: (G, S, E), after the noise.
         top_k: experts that a token chooses.
         sigma: standard deviation of the noise, positive.
     """

@@ -57,8 +57,12 @@ class CausalSoftMoE(SlotLayer):
     it affordable.
 
     Args:
-        dim, num_experts, slots_per_expert, hidden_dim, **experts: see `SlotLayer`.
+        dim: token width d.
+        num_experts: E.
+        slots_per_expert: P.
+        hidden_dim: hidden width of an expert, 4 * dim when None.
         block_size: n, the positions that share slots.
+        **experts: further options of `RoutedLayer`.
 
     Raises:
         ValueError: a size is not positive.

@@ -22,8 +22,11 @@ class FixedRouting(RoutedLayer):
     """Base of the layers without a router: their only parameters are the experts.
 
     Args:
-        dim, num_experts, hidden_dim, **experts: see `RoutedLayer`.
+        dim: token width d.
+        num_experts: E.
         slots_per_expert: P.
+        hidden_dim: hidden width of an expert, 4 * dim when None.
+        **experts: further options of `RoutedLayer`.
 
     Raises:
         ValueError: a size is not positive.

@@ -20,4 +20,5 @@ class Normalize(nn.Module):
         self.register_buffer("std", torch.tensor(std).view(-1, 1, 1), persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
+        """uint8 (B, 3, H, W) to float32 of the same shape."""
         return (images.float() / 255 - self.mean) / self.std

@@ -107,7 +107,18 @@ def fill_slot_maps(
     slots: Sequence[int],
     slots_per_expert: int = 1,
 ) -> None:
-    """Draw the slot maps into a figure or a part of one; see `draw_slot_maps`."""
+    """Draw the slot maps into a figure or a part of one; see `draw_slot_maps`.
+
+    Args:
+        canvas: where to draw.
+        images: uint8 (N, 3, H, W), at the model's size.
+        dispatch: (N, M, S), of the same images.
+        slots: which of the S to draw, a column each.
+        slots_per_expert: P, to tell the experts of the slots.
+
+    Raises:
+        ValueError: shapes that do not fit one another.
+    """
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
         raise ValueError(f"images must be uint8 (N, 3, H, W), got {images.dtype} {images.shape}")
     if len(images) != len(dispatch):

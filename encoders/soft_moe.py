@@ -74,8 +74,11 @@ class SlotLayer(RoutedLayer):
     and L2-normalised `phi`, in float32 even under autocast.
 
     Args:
-        dim, num_experts, hidden_dim, **experts: see `RoutedLayer`.
+        dim: token width d.
+        num_experts: E.
         slots_per_expert: P.
+        hidden_dim: hidden width of an expert, 4 * dim when None.
+        **experts: further options of `RoutedLayer`.
 
     Raises:
         ValueError: a size is not positive.
@@ -129,10 +132,13 @@ class SoftMoE(SlotLayer):
     float32 even under autocast; the two mixtures and the experts run in the compute dtype.
 
     Args:
-        dim, num_experts, hidden_dim, **experts: see `RoutedLayer`.
+        dim: token width d.
+        num_experts: E.
         slots_per_expert: P. The paper finds 1 best at equal cost; cost follows E * P.
+        hidden_dim: hidden width of an expert, 4 * dim when None.
         normalize: L2-normalise tokens and phi (the default); false is the paper's ablation.
         noise_std: standard deviation of normal noise on the logits, in training only.
+        **experts: further options of `RoutedLayer`.
 
     Raises:
         ValueError: a size is not positive or noise_std is negative.

@@ -65,13 +65,16 @@ class SparseMoE(RoutedLayer):
     in the compute dtype. Tokens without expert come out as zero.
 
     Args:
-        dim, num_experts, hidden_dim, **experts: see `RoutedLayer`.
+        dim: token width d.
+        num_experts: E.
+        hidden_dim: hidden width of an expert, 4 * dim when None.
         capacity_factor: buffer rows over the rows that a balanced assignment needs.
         capacity_multiple: capacity is rounded up to a multiple of this.
         group_size: images that are routed together and compete for the same buffers. A batch in
             training must be a multiple of it; in eval mode, groups of the largest common divisor
             with the batch serve, so that a last, smaller batch passes.
         noise_std: times 1 / E, the standard deviation of normal noise on the logits in training.
+        **experts: further options of `RoutedLayer`.
 
     Raises:
         ValueError: a setting is out of range, or, in `forward`, a batch in training that is no

@@ -38,6 +38,9 @@ class TokensChoice(SparseMoE):
     groups of 8 images) with the loss weights of the released V-MoE configurations.
 
     Args:
+        dim: token width d.
+        num_experts: E.
+        hidden_dim: hidden width of an expert, 4 * dim when None.
         top_k: experts that a token chooses.
         batch_priority: tokens with the largest first gate fill the buffers first (batch priority
             routing); otherwise the order within the group decides.
@@ -45,8 +48,8 @@ class TokensChoice(SparseMoE):
             `encoders.auxiliary_losses`, in place of those in `LOSS_WEIGHTS`; 0 leaves a term out.
             Importance and z see the clean logits, gshard the noisy ones; load is defined by the
             noise and left out where there is none.
-        dim, num_experts, hidden_dim, **options: see `SparseMoE`; capacities are multiples of 4 and
-            groups have 8 images unless told otherwise.
+        **options: of `SparseMoE`; capacities are multiples of 4 and groups have 8 images unless
+            told otherwise.
 
     Raises:
         ValueError: a setting is out of range or a loss unknown; see also `SparseMoE`.

@@ -75,7 +75,9 @@ def route_text_blocks(
     Args:
         text_config: of open_clip's own transformer.
         moe_blocks: indices of the routed blocks; an int N means the last N.
-        num_experts, slots_per_expert, block_size: see `encoders.causal_soft_moe.CausalSoftMoE`.
+        num_experts: E of `encoders.causal_soft_moe.CausalSoftMoE`.
+        slots_per_expert: P.
+        block_size: positions that share slots.
 
     Raises:
         ValueError: a Hugging Face model, a block that does not exist, or a size below 1.

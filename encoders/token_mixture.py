@@ -109,13 +109,15 @@ class Mixture(RoutedLayer):
     Cost: E times a dense MLP of the same hidden width, in every form; see `expert_flops_ratio`.
 
     Args:
-        dim, num_experts, hidden_dim, **experts: see `RoutedLayer`; experts start different unless
-            told otherwise.
+        dim: token width d.
+        num_experts: E.
+        hidden_dim: hidden width of an expert, 4 * dim when None.
         router: how tokens are scored: "embedding", "query" (on W_q x), or "mlp".
         weighting: what the weights multiply: "outputs", or "inputs_and_outputs" of the experts.
         temperature: T in softmax(scores / T): a number, "learned", or a schedule; see
             `encoders.temperature.build_temperature`.
         residual_experts: experts are LayerNorm(x + MLP(x)).
+        **experts: further options of `RoutedLayer`; experts start different unless told otherwise.
 
     Raises:
         ValueError: a size or temperature is not positive, or an unknown router or weighting.
@@ -210,10 +212,13 @@ class HierarchicalMixture(Mixture):
     `TokenMixture`.
 
     Args:
+        dim: token width d.
+        num_experts: E.
+        hidden_dim: hidden width of an expert, 4 * dim when None.
         num_groups: G, a divisor of E.
         group_temperature: T of the softmax over groups, as `temperature`, which is that of the
             softmax inside a group.
-        dim, num_experts, hidden_dim, **options: see `Mixture`.
+        **options: of `Mixture`.
 
     Raises:
         ValueError: G does not divide E, or what `Mixture` refuses.

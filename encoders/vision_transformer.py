@@ -201,7 +201,7 @@ class SoftMoEVisionTransformer(VisionTransformer):
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
-        """Parameter names without weight decay: position embedding and all router parameters."""
+        """Parameter names without weight decay: position embedding, and what routed layers name."""
         names = set(super().no_weight_decay())
         for prefix, module in self.named_modules():
             if isinstance(module, RoutedLayer):

@@ -45,7 +45,8 @@ def pair_ranks(
         images: (N, d) float32 rows of length 1.
         texts: (M, d) float32 rows of length 1, on the same device.
         owners: (M,) int64, the image that each text describes.
-        rows, columns: images and texts of a tile.
+        rows: images of a tile.
+        columns: texts of a tile.
 
     Returns:
         Ranks on the CPU.

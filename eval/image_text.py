@@ -53,7 +53,8 @@ class ImageTextEvaluator:
         config: the set and what to measure on it.
         image_size: pixels per side of the model's input.
         tokenizer: list of strings to int64 (B, L).
-        mean, std: pixel normalisation.
+        mean: of the model's pixels, by channel.
+        std: of the model's pixels, by channel.
         resize_mode: the model's own, which the set's configuration may override.
         interpolation: bicubic or bilinear.
         workers: loader processes that decode; with 0 this one does.

@@ -68,6 +68,7 @@ class Page:
         return [numbers[place * len(numbers) // count] for place in range(count)]
 
     def samples(self, shuffled: bool = False) -> str:
+        """Pictures of the set to take, the same each time or drawn anew."""
         cards = [self._card(number) for number in self.sample_numbers(shuffled)]
         return page_html.cards(cards, "Take this picture", "samples")
 
@@ -88,6 +89,8 @@ class Page:
     # What people do
 
     def classify(self, payload: Any, labels: str, templates: str) -> str:
+        """Bars for the labels of a picture; labels and templates stand on lines of their own."""
+
         def answer(data: bytes) -> str:
             scores = self.playground.classify(data, _lines(labels), _lines(templates))
             return page_html.bars(scores, self.playground.logits)
@@ -95,6 +98,7 @@ class Page:
         return self._about(payload, answer)
 
     def describe(self, payload: Any) -> str:
+        """The captions of the set that are nearest to a picture."""
         collection = self.playground.collection
         if collection is None or not collection.captions:
             return page_html.notice(NO_SET if collection is None else NO_CAPTIONS)
@@ -107,6 +111,7 @@ class Page:
         return self._about(payload, answer)
 
     def find(self, query: str) -> str:
+        """The pictures of the set that are nearest to words."""
         if self.playground.collection is None:
             return page_html.notice(NO_SET)
         if not query.strip():
@@ -117,11 +122,14 @@ class Page:
             return page_html.notice(str(error), "wrong")
 
     def find_alike(self, payload: Any) -> str:
+        """The pictures of the set that are nearest to a picture."""
         if self.playground.collection is None:
             return page_html.notice(NO_SET)
         return self._about(payload, lambda data: self._hits(self.playground.find_alike(data, HITS)))
 
     def slot(self, payload: Any, layer: float, slot: float) -> str:
+        """From which patches of a picture a slot takes its input, and where its output goes."""
+
         def answer(data: bytes) -> str:
             picture, seen, found = self._inside(data, layer)
             number = min(max(int(slot), 0), found.dispatch.shape[2] - 1)

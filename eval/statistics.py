@@ -96,7 +96,10 @@ def paired_difference(
     Both are resampled together, so what makes a query hard for both does not widen the interval.
 
     Args:
-        first, second: (Q,) values of the same queries in the same order.
+        first: (Q,) values of the queries.
+        second: (Q,) values of the same queries in the same order.
+        samples: resamples of the queries.
+        seed: of the resampling.
 
     Returns:
         mean(second) - mean(first), and the bounds of its interval; it is significant at 5 % if the

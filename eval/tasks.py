@@ -123,7 +123,11 @@ def _median_interval(values: np.ndarray) -> tuple[float, float]:
 def measure_probe(
     task: str, train: EmbeddedSet, test: EmbeddedSet, classnames: list[str], options: ProbeOptions
 ) -> Measurement:
-    """few_shot, linear_probe or knn on the features of a training and a test split."""
+    """few_shot, linear_probe or knn on the features of a training and a test split.
+
+    Raises:
+        ValueError: a label has no class name, or a sample has several labels.
+    """
     classes = len(classnames)
     pool = train.rows["feature"], single_labels(train)
     features, truth = test.rows["feature"], single_labels(test)

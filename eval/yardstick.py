@@ -70,7 +70,9 @@ def pixel_class_scores(
     """Similarity of each test picture to the nearest training picture of each class.
 
     Args:
-        train_images, train_labels, test_images: as for `pixel_nearest_neighbour`.
+        train_images: as for `pixel_nearest_neighbour`.
+        train_labels: as for `pixel_nearest_neighbour`.
+        test_images: as for `pixel_nearest_neighbour`.
         classes: C, more than the largest label.
 
     Returns:

@@ -121,15 +121,18 @@ class CheckpointWriter:
         self.partial = folder / f".{checkpoint_name(step)}.partial"
 
     def begin(self) -> None:
+        """Make the temporary folder, without what an earlier attempt has left there."""
         shutil.rmtree(self.partial, ignore_errors=True)
         self.partial.mkdir(parents=True)
 
     def add_tensors(self, name: str, tensors: dict[str, Tensor]) -> None:
+        """Write a safetensors file, with its folder."""
         path = self.partial / name
         path.parent.mkdir(exist_ok=True)
         save_tensors({key: v.detach().cpu().contiguous() for key, v in tensors.items()}, path)
 
     def add_json(self, name: str, content: dict[str, Any]) -> None:
+        """Write a JSON file, with its folder."""
         path = self.partial / name
         path.parent.mkdir(exist_ok=True)
         path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
@@ -254,7 +257,11 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
-    """Read a safetensors file onto the CPU."""
+    """Read a safetensors file onto the CPU.
+
+    Raises:
+        CheckpointError: it is not there, or damaged.
+    """
     if not path.is_file():
         raise CheckpointError(f"'{path}' does not exist")
     try:

@@ -25,7 +25,7 @@ class ParameterRule:
 
 @dataclass
 class OptimizerConfig:
-    """Biases, norms, position embeddings, router parameters and the logit scale and bias are not
+    """Biases, norms, position embeddings, Soft MoE's slots and the logit scale and bias are not
     decayed unless a rule says so."""
 
     kind: Literal["adamw", "adafactor", "lion", "muon"] = "adamw"

@@ -52,7 +52,9 @@ class Trainer:
         accelerator: device, precision and processes.
         run_dir: an existing folder; receives metrics, evaluations and checkpoints.
         resume: a verified checkpoint of the same run to continue from, or None.
-        settings, flops, describe: see `Tracking`.
+        settings: the run's settings by dotted name, for trackers.
+        flops: of the model for one sample, forward, or None.
+        describe: captions of the rows of a batch, for the pictures of the first batches.
         layout: how parameters lie on the processes; whole on each when None.
 
     Attributes:

@@ -65,7 +65,8 @@ class Watch(threading.Thread):
     processes, which cannot leave it together, it calls `rescue` and ends them with code 75.
 
     Args:
-        rank, processes: this process and how many there are.
+        rank: this process.
+        processes: how many there are.
         limit: seconds that a wait for data or a step may last.
         requests: of this process.
         rescue: on the main process, publishes the checkpoint that is written; returns words.

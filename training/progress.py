@@ -34,6 +34,7 @@ class Progress:
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
+        """Time inside counts as waiting for data."""
         start = time.perf_counter()
         yield
         waited = time.perf_counter() - start
@@ -41,14 +42,17 @@ class Progress:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
+        """Time inside does not count as training."""
         start = time.perf_counter()
         yield
         self._pause += time.perf_counter() - start
 
     def set_total(self, total: int) -> None:
+        """Correct the number of steps, once it is known."""
         self.bar.total = total
 
     def advance(self, samples: int) -> None:
+        """One step is done, of so many samples over all processes."""
         self._samples += samples
         self.bar.update()
 
@@ -63,10 +67,12 @@ class Progress:
         return figures
 
     def show(self, loss: float, speed: dict[str, float]) -> None:
+        """Figures beside the bar; `speed` is what `speed()` gave."""
         self.bar.set_postfix_str(
             f"loss {loss:.3f}, {speed['samples_per_second']:.0f} images/s,"
             f" data wait {speed['data_wait']:.0%}"
         )
 
     def close(self) -> None:
+        """Leave the bar as it is."""
         self.bar.close()

@@ -38,9 +38,7 @@ def check_trackers(names: Sequence[str]) -> None:
     """Raise ValueError for a tracker whose package is not installed."""
     for name in names:
         if find_spec(name) is None:
-            raise ValueError(
-                f"train.trackers: {name} is not installed: pip install 'softmoe-clip[{name}]'"
-            )
+            raise ValueError(f"train.trackers: {name} is not installed: pip install {name}")
 
 
 class Tracking:
