@@ -42,6 +42,7 @@ def choose_slots(dispatch: Tensor, count: int) -> list[int]:
     Greedy and deterministic: the next slot has the largest product of concentration (1 minus the
     relative entropy of its map, averaged over images) and dissimilarity (1 minus the largest
     cosine to a chosen slot, of the maps' departures from uniform). The lowest index wins a tie.
+    They are returned in the order of their numbers.
 
     Args:
         dispatch: (B, M, S).
@@ -65,7 +66,7 @@ def choose_slots(dispatch: Tensor, count: int) -> list[int]:
         value[chosen] = -torch.inf
         chosen.append(int(value.argmax()))
         nearest = torch.maximum(nearest, similarity[chosen[-1]])
-    return chosen
+    return sorted(chosen)
 
 
 def draw_slot_maps(
