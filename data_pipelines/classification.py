@@ -13,12 +13,8 @@ from data_pipelines.config import ClassificationConfig
 from data_pipelines.gpu_decode import GpuPictures
 from data_pipelines.image_folder import ImageFolder
 from data_pipelines.sample_index import SampleIndex
-from data_pipelines.shards import (
-    FieldError,
-    ShardError,
-    ShardReader,
-    open_shards,
-)
+from data_pipelines.shard_reader import Bytes, ShardReader
+from data_pipelines.shards import FieldError, ShardError, open_shards
 from data_pipelines.stream import SkipSample, Stream
 from data_pipelines.training_pictures import TrainingPictures, read_picture
 
@@ -59,7 +55,7 @@ class Source(SampleIndex, Protocol):
         """What the sample is called in logs."""
         ...
 
-    def picture(self, sample: int) -> bytes:
+    def picture(self, sample: int) -> Bytes:
         """The encoded picture, or SkipSample."""
         ...
 
@@ -73,7 +69,8 @@ class Shards:
         index = open_shards(config)
         index.require("picture", config.image_keys)
         index.require("label", [member_of(config.label_key)])
-        self.reader, self.index = ShardReader(index), index
+        members = (member_of(config.label_key), *config.image_keys)
+        self.reader, self.index = ShardReader(index, members), index
         self.image_keys, self.label_key = config.image_keys, config.label_key
 
     def __len__(self) -> int:
@@ -85,7 +82,7 @@ class Shards:
     def key(self, sample: int) -> str:
         return str(self.index.keys[sample])
 
-    def picture(self, sample: int) -> bytes:
+    def picture(self, sample: int) -> Bytes:
         return read_picture(self.reader, sample, self.image_keys)
 
 

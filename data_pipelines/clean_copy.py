@@ -9,6 +9,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from data_pipelines.findings import PICKLES, Validation
+from data_pipelines.shard_reader import Bytes
 from data_pipelines.shard_writer import ShardWriter, output_folder, write_json
 from data_pipelines.shards import FieldError, ShardError, ShardIndex, ShardReader
 
@@ -71,8 +72,8 @@ def _write_shard(index: ShardIndex, samples: list[int], path: Path) -> int:
     return written
 
 
-def _members(reader: ShardReader, sample: int) -> dict[str, bytes]:
-    members = {}
+def _members(reader: ShardReader, sample: int) -> dict[str, Bytes]:
+    members: dict[str, Bytes] = {}
     for extension in reader.index.members:
         data = None if extension in PICKLES else reader.read(sample, extension)
         if data is not None:

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from data_pipelines.captions import integer_of, member_of, members_of, read_captions, read_field
 from data_pipelines.decode import DecodeError, decode_rgb
+from data_pipelines.loaders import iterate
 from data_pipelines.shards import (
     FieldError,
     ShardError,
@@ -51,6 +52,7 @@ class SampleSet(Dataset[dict[str, Any]]):
 
         Raises:
             ShardError: a label is out of range.
+            LoaderError: a loader process has died.
         """
         loader = DataLoader(
             self,
@@ -62,7 +64,7 @@ class SampleSet(Dataset[dict[str, Any]]):
             generator=torch.Generator(),
         )
         try:
-            yield from loader
+            yield from iterate(loader)
         except ShardError as error:
             raise without_stack(error) from None
 

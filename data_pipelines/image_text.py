@@ -59,8 +59,11 @@ class ImageTextLoader:
                 )
         if config.group_key is not None:
             index.require("group", [member_of(config.group_key)])
-        self.reader, self.config, self.tokenize = ShardReader(index), config, tokenize
         self.cached = dict(cached or {})
+        members = [] if "text" in self.cached else members_of(config.caption_key)
+        members += [] if "image" in self.cached else config.image_keys
+        members += [] if config.group_key is None else [member_of(config.group_key)]
+        self.reader, self.config, self.tokenize = ShardReader(index, members), config, tokenize
         self.decoded = TrainingPictures(config, config.augmentation, image_size)
         self.pictures: TrainingPictures | GpuPictures = self.decoded
         if config.gpu_decoding and "image" not in self.cached:

@@ -47,7 +47,7 @@ class PackedPicture(NamedTuple):
     height: int
 
 
-def read_header(data: bytes) -> Header:
+def read_header(data: bytes | bytearray) -> Header:
     """Format, size and EXIF orientation (1 to 8), without decoding.
 
     Raises:

@@ -157,7 +157,7 @@ def measure(config: StatsConfig, workers: int) -> ShardStats:
     chosen = spread(len(index), config.samples)
     tally = Tally()
     with tqdm(total=len(chosen), unit="sample", desc="stats", disable=None) as bar:
-        for count, part in survey(reader.measure, chosen, workers):
+        for count, part in survey(reader.measure, index, chosen, workers):
             tally.add(part)
             bar.update(count)
     return ShardStats(

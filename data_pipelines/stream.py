@@ -10,7 +10,6 @@ sources and sampling with replacement are orders of their own (`data_pipelines.o
 
 from __future__ import annotations
 
-import multiprocessing
 import signal
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -21,17 +20,18 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from data_pipelines.cached_embeddings import CachedEmbeddings, Side
 from data_pipelines.config import StreamConfig
-from data_pipelines.errors import LoaderError, ShardError
+from data_pipelines.errors import ShardError
+from data_pipelines.loaders import iterate
 from data_pipelines.order import Order, SampleOrder, build_order, hash_of
 from data_pipelines.sample_index import SampleIndex
 from data_pipelines.shard_index import ShardIndex
 from data_pipelines.shard_reader import PREFETCHED, ShardReader
 from data_pipelines.shards import describe_skips
-from data_pipelines.sources import is_remote
-from data_pipelines.waiting import Board, Watch, dead_processes
+from data_pipelines.waiting import Board, Watch
 
 Batch = dict[str, Any]
 ATTEMPTS = 64
+RESUME = "; --resume auto goes on with the next sample"
 SETTLED = 1000  # samples after which the share of skipped ones says something
 
 __all__ = ["ATTEMPTS", "SampleOrder", "SkipSample", "Stream", "StreamDataset", "collate"]
@@ -52,7 +52,7 @@ class StreamDataset(Dataset[dict[str, Any]]):
         order: which sample belongs to a serial number, and what replaces it.
         load, seed: see above.
         stop_with: the shards, if an unusable sample ends the stream; for the message.
-        reader: fetches samples of stores ahead.
+        reader: fetches what `load` reads of a few samples ahead.
         board: is told what this process is at.
     """
 
@@ -71,38 +71,45 @@ class StreamDataset(Dataset[dict[str, Any]]):
         self.board = board or Board(workers=0)
 
     def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
-        """The samples of a batch; those of stores are fetched a few at a time, side by side."""
-        if self.reader is None:
-            return [self[index] for index in indices]
-        samples: list[dict[str, Any]] = []
-        for start in range(0, len(indices), PREFETCHED):
-            some = indices[start : start + PREFETCHED]
-            numbers = [self.order.candidate(index, 0) for index in some]
-            self.board.start(numbers[0])
-            self.reader.prefetch(numbers)
-            samples += [self[index] for index in some]
-        return samples
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        skipped: list[str] = []
+        """The samples of a batch; their bytes are fetched for a few at a time."""
         outside = torch.get_rng_state()  # without workers this is the training process
         try:
-            for attempt in range(min(ATTEMPTS, self.order.span)):
-                sample = self.order.candidate(index, attempt)
-                self.board.start(sample)
-                torch.default_generator.manual_seed(hash_of(self.seed, index) >> 65)
-                try:
-                    return self.load(sample) | {"skipped": skipped}
-                except SkipSample as reason:
-                    if self.stop_with is not None:
-                        raise ShardError(
-                            f"{self.stop_with.describe(sample)} cannot be used: {reason};"
-                            " data.on_bad_sample skip would count it and go on"
-                        ) from reason
-                    skipped.append(str(reason))
+            samples: list[dict[str, Any]] = []
+            for start in range(0, len(indices), PREFETCHED):
+                # One kind of work at a time: decoding a picture drives everything else out of the
+                # processor's caches.
+                some = indices[start : start + PREFETCHED]
+                numbers = [self.order.candidate(index, 0) for index in some]
+                seeds = [hash_of(self.seed, index) >> 65 for index in some]
+                if self.reader is not None:
+                    self.board.start(numbers[0])
+                    self.reader.prefetch(numbers)
+                samples += map(self._load, some, numbers, seeds)
+            return samples
         finally:
             torch.set_rng_state(outside)
             self.board.rest()
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.__getitems__([index])[0]
+
+    def _load(self, index: int, sample: int, seed: int) -> dict[str, Any]:
+        """The sample of a serial number, or what takes its place."""
+        skipped: list[str] = []
+        for attempt in range(min(ATTEMPTS, self.order.span)):
+            if attempt:
+                sample = self.order.candidate(index, attempt)
+            self.board.start(sample)
+            torch.default_generator.manual_seed(seed)
+            try:
+                return self.load(sample) | {"skipped": skipped}
+            except SkipSample as reason:
+                if self.stop_with is not None:
+                    raise ShardError(
+                        f"{self.stop_with.describe(sample)} cannot be used: {reason};"
+                        " data.on_bad_sample skip would count it and go on"
+                    ) from reason
+                skipped.append(str(reason))
         reasons = Counter(skipped).most_common(3)
         raise ShardError(
             f"{len(skipped)} samples in a row cannot be used: "
@@ -183,13 +190,12 @@ class Stream:
             weights=config.weights,
             with_replacement=config.with_replacement,
         )
-        remote = isinstance(index, ShardIndex) and any(map(is_remote, index.paths))
         self.dataset = StreamDataset(
             order,
             load,
             seed,
             stop_with=index if config.on_bad_sample == "stop" else None,
-            reader=getattr(load, "reader", None) if remote else None,
+            reader=getattr(load, "reader", None),
             board=Board(workers),
         )
 
@@ -225,20 +231,16 @@ class Stream:
             # A loader draws one number; not from the generator that training uses.
             generator=torch.Generator(),
         )
-        # Told by the parent, for a loader may die before it has said anything.
-        others = multiprocessing.active_children()
-        loading = iter(loader)
-        loaders = [child for child in multiprocessing.active_children() if child not in others]
         try:
-            batches = self._checked(loading)
+            batches = self._checked(iterate(loader, self._at, RESUME))
             yield from batches if self.finish is None else map(self.finish, batches)
         except ShardError as error:
             raise without_stack(error) from None
-        except (RuntimeError, ConnectionError, EOFError) as error:
-            known = str(error).startswith("DataLoader worker (pid")
-            if not self.workers or (isinstance(error, RuntimeError) and not known):
-                raise
-            raise _dead_loader(error, dead_processes(loaders)) from None
+
+    def _at(self, pid: int) -> str | None:
+        """What a loader process has been at, for messages."""
+        sample = self.dataset.board.at(pid)
+        return None if sample is None else self.index.describe(sample)
 
     def _checked(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """The batches, with a word about long waits and a limit to what is skipped."""
@@ -263,17 +265,6 @@ def check_skipped(seen: int, skipped: Counter[str], limit: float) -> None:
             f"of {tried} samples, {describe_skips(skipped)}; that is more than data.max_skipped"
             f" {limit:g} allows: mend the shards, or raise it"
         )
-
-
-def _dead_loader(error: Exception, dead: list[int]) -> LoaderError:
-    """The error about a loader process that ended without being asked to."""
-    error.__traceback__ = None  # it would keep the other loader processes alive
-    killed = ": it was killed (often by the system, for lack of memory)"
-    return LoaderError(
-        f"a loader process has died (pid {', '.join(map(str, dead)) or 'unknown'})"
-        + (killed if "killed" in str(error) else "")
-        + ": use fewer data.workers or more memory; --resume auto goes on with the next sample"
-    )
 
 
 def without_stack(error: ShardError) -> ShardError:

@@ -6,7 +6,8 @@ from torch import Tensor
 
 from data_pipelines.config import AugmentationConfig, StreamConfig
 from data_pipelines.decode import DecodeError, Picture
-from data_pipelines.shards import FieldError, ShardReader
+from data_pipelines.shard_reader import Bytes, ShardReader
+from data_pipelines.shards import FieldError
 from data_pipelines.stream import SkipSample
 from data_pipelines.transforms import train_transform
 
@@ -25,7 +26,7 @@ class TrainingPictures:
         self.scaled = config.scaled_decoding
         self.transform = train_transform(image_size, augmentation)
 
-    def __call__(self, data: bytes) -> Tensor:
+    def __call__(self, data: Bytes) -> Tensor:
         """Decode, crop and augment, drawing from torch's default generator.
 
         Raises:
@@ -43,7 +44,7 @@ class TrainingPictures:
         return self.transform(image, box)
 
 
-def read_picture(reader: ShardReader, sample: int, image_keys: list[str]) -> bytes:
+def read_picture(reader: ShardReader, sample: int, image_keys: list[str]) -> Bytes:
     """The encoded picture of a sample: the first of its members `image_keys`.
 
     Raises:

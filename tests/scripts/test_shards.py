@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import signal
@@ -18,8 +19,8 @@ from PIL import Image
 from data_pipelines.emoji.prepare import SOURCE
 from data_pipelines.pack import pack
 from data_pipelines.shard_writer import output_folder
-from data_pipelines.shards import ShardError
-from data_pipelines.tool_config import PackConfig
+from data_pipelines.shards import ShardError, ShardReader, index_shards
+from data_pipelines.tool_config import IMAGE_KEYS, PackConfig
 from scripts.shards import TOOLS, main
 
 ROOT = Path(__file__).parents[2]
@@ -131,6 +132,35 @@ def test_problems_are_exit_code_1_and_a_cleaned_copy_has_none(
     assert code_of("validate", str(tmp_path), "--clean", clean, "--workers", "0") == 1
     assert "1 truncated_shard" in capsys.readouterr().out
     assert code_of("validate", clean, "--workers", "0") == 0
+
+
+def test_a_crashing_decoder_is_one_line_with_the_sample(shards: Path) -> None:
+    code = """
+import os, signal, sys
+from data_pipelines import validate
+from scripts.shards import main
+real = validate.decode_rgb
+def crash(data, *rest):
+    if validate.hashlib.sha256(data).hexdigest() == sys.argv[1]:
+        os.kill(os.getpid(), signal.SIGSEGV)
+    return real(data, *rest)
+validate.decode_rgb = crash
+main(["validate", sys.argv[2], "--workers", "2"])
+"""
+    index = index_shards([str(shards / "train-1.tar")])
+    extension = next(ext for ext in index.members if ext in IMAGE_KEYS)
+    data = ShardReader(index).read(5, extension)
+    assert data is not None
+    words = [hashlib.sha256(data).hexdigest(), str(shards / "train-{0..1}.tar")]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *words], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 1, done.stderr
+    # Torch has a line of its own before, with a NUL at its end.
+    message = done.stderr.rpartition("error: ")[2]
+    assert f"it crashed (SIGSEGV) at sample '{index.keys[5]}' of" in message
+    assert message.count("\n") == 1
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize(
