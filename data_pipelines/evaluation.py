@@ -34,6 +34,8 @@ class SampleSet(Dataset[dict[str, Any]]):
     """
 
     transform: Callable[[Tensor], Tensor]
+    exif_orientation = False
+    """Turn photographs upright as their EXIF data say."""
 
     @abstractmethod
     def __len__(self) -> int: ...

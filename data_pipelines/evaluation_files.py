@@ -62,7 +62,7 @@ class EntrySet(SampleSet):
     def __getitem__(self, index: int) -> dict[str, Any]:
         entry = self.entries[index]
         try:
-            image = decode_rgb(entry.read())
+            image = decode_rgb(entry.read(), exif_orientation=self.exif_orientation)
         except DecodeError as error:
             return {"number": index, "skipped": str(error)}
         return {
