@@ -150,7 +150,8 @@ def _open(
         label = config.label_key if labelled else None
         if label == EvaluationSetConfig().label_key:
             label = "label"  # the usual name of the column
-        return hugging_face_set(config.data, split, transform, label, config.caption_key)
+        names = read_classnames(config.classnames) if config.classnames else []
+        return hugging_face_set(config.data, split, transform, label, config.caption_key, names)
     return image_folder(str(path / split if (path / split).is_dir() else path), transform)
 
 
