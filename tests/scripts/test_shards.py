@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import signal
@@ -15,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from webdataset import TarWriter
 
 from data_pipelines.emoji.prepare import SOURCE
 from data_pipelines.pack import pack
@@ -84,6 +86,52 @@ def test_stopped_and_killed_packs_go_on_to_the_same_bytes(folder: Path, tmp_path
     config.out = str(out)
     assert pack(config, 0).kept >= 2
     assert files(out) == expected
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_a_stopped_cleaned_copy_has_whole_shards_only_and_is_made_anew(
+    tmp_path: Path, number: int
+) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    for shard in range(60):
+        with TarWriter(str(source / f"{shard:02d}.tar"), encoder=False) as writer:
+            for sample in range(4):
+                pixels = np.random.default_rng([shard, sample]).integers(0, 256, (99, 99, 3), "u1")
+                buffer = io.BytesIO()
+                Image.fromarray(pixels).save(buffer, "PNG")
+                data = b"broken" if sample == shard % 5 else buffer.getvalue()
+                writer.write({"__key__": f"{shard:02d}{sample}", "png": data, "txt": b"text"})
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    assert code_of("validate", str(source), "--clean", str(whole), "--workers", "0") == 1
+    words = ["validate", str(source), "--clean", str(out), "--workers", "2"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "scripts.shards", *words],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        start_new_session=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    while not (out / "01.tar").exists():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.001)
+    os.killpg(process.pid, number)
+    process.communicate(timeout=60)
+    assert process.returncode == (130 if number == signal.SIGINT else -signal.SIGKILL)
+    left, expected = files(out), files(whole)
+    tars = {name: data for name, data in left.items() if name.endswith(".tar")}
+    assert 2 <= len(tars) < 60
+    assert tars.items() <= expected.items()
+    begun = {f".{len(tars):02d}.tar.part"} if number == signal.SIGKILL else set()
+    assert left.keys() - tars.keys() - begun == {"unfinished.json"}
+    (out / "foreign.tar").touch()
+    assert code_of(*words) == 2
+    (out / "foreign.tar").unlink()
+    (source / "00.tar").unlink()  # what the first run wrote of it must go
+    assert code_of(*words) == 1
+    del expected["00.tar"]
+    assert {n: d for n, d in files(out).items() if n != "sizes.json"} == {
+        name: data for name, data in expected.items() if name != "sizes.json"
+    }
+    assert len(json.loads((out / "sizes.json").read_text())) == 59
 
 
 def test_two_packs_do_not_share_a_folder(folder: Path, tmp_path: Path) -> None:
