@@ -43,7 +43,8 @@ def _unfinished(out: Path) -> list[str]:
         names = json.loads((out / MARK).read_bytes())
     except (OSError, ValueError):
         return []
-    return [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
+    names = names if isinstance(names, list) else []
+    return [name for name in names if isinstance(name, str) and os.path.basename(name) == name]
 
 
 class Copy(NamedTuple):
@@ -58,8 +59,8 @@ def write_clean_copy(validation: Validation, out: Path) -> Copy:
     """Write the samples without problems to shards of the same names.
 
     Members stand together and in the order of their names, and those that other readers would
-    unpickle are left out. A shard without any good sample is not written. Samples that can no longer
-    be read, or have a member over the limit of what is read, are counted.
+    unpickle are left out. A shard without any good sample is not written. Samples that can no
+    longer be read, or have a member over the limit of what is read, are counted.
 
     Raises:
         ShardError: see `check_folder`.
