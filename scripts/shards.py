@@ -147,7 +147,8 @@ def _print_stats(figures: dict[str, Any]) -> None:
     from data_pipelines.shard_survey import printable
     from eval.tables import text_table
 
-    print(f"{figures['samples']} samples in {figures['shards']} shards")
+    recorded = " by their _stats.json" if figures["counts_from"] == "_stats.json" else ""
+    print(f"{figures['samples']} samples in {figures['shards']} shards{recorded}")
     if figures["looked_at"] < figures["samples"]:
         print(f"looked at {figures['looked_at']} of them")
     for name in ("truncated_shards", "unreadable"):

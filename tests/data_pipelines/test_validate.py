@@ -126,7 +126,11 @@ EXPECTED = {
 def test_every_problem_is_found_and_nothing_else(bad_shards: Path, workers: int) -> None:
     validation = check(bad_shards, workers, max_pixels=800_000)
     assert found(validation) == EXPECTED
-    assert {kind for kind, _, _ in EXPECTED} | {"near_duplicate", "unreadable"} == set(KINDS)
+    assert {kind for kind, _, _ in EXPECTED} | {
+        "near_duplicate",
+        "unreadable",
+        "miscounted_shard",
+    } == set(KINDS)
 
 
 def test_cleaned_copy_has_no_problems(bad_shards: Path, tmp_path: Path, picture: Picture) -> None:
