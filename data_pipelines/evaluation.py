@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from data_pipelines.captions import integer_of, member_of, members_of, read_captions, read_field
 from data_pipelines.decode import DecodeError, decode_rgb
 from data_pipelines.loaders import iterate
+from data_pipelines.shard_reader import PREFETCHED
 from data_pipelines.shards import (
     FieldError,
     ShardError,
@@ -111,7 +112,9 @@ class EvaluationSet(SampleSet):
             self.index.require("caption", members_of(caption_key))
         if label_key is not None:
             self.index.require("label", [member_of(label_key)])
-        self.reader = ShardReader(self.index)
+        members = [] if caption_key is None else members_of(caption_key)
+        members += [] if label_key is None else [member_of(label_key)]
+        self.reader = ShardReader(self.index, [*members, *image_keys])
         self.image_keys, self.caption_key, self.label_key = image_keys, caption_key, label_key
         self.num_classes, self.max_pixels, self.several = num_classes, max_pixels, several
         self.exif_orientation = exif_orientation
@@ -119,6 +122,14 @@ class EvaluationSet(SampleSet):
 
     def __len__(self) -> int:
         return len(self.index)
+
+    def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
+        """The samples of a batch; their bytes are fetched for a few at a time."""
+        samples: list[dict[str, Any]] = []
+        for start in range(0, len(indices), PREFETCHED):
+            self.reader.prefetch(indices[start : start + PREFETCHED])
+            samples += map(self.__getitem__, indices[start : start + PREFETCHED])
+        return samples
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         fields: dict[str, Any] = {"number": index, "key": str(self.index.keys[index])}

@@ -116,7 +116,11 @@ class GpuPictures:
                 list(decode_jpeg(encoded, ImageReadMode.RGB, device=device)) if encoded else []
             )
         except RuntimeError:  # one of them is broken, or of a kind that nvJPEG does not know
-            decoded = [_decode_on_cpu(e.data, device) for e in entries if e.finished is None]
+            decoded = [
+                _decode_on_cpu(e.data, self.max_pixels, device)
+                for e in entries
+                if e.finished is None
+            ]
         found = iter(decoded)
         return [next(found) if e.finished is None else e.finished for e in entries]
 
@@ -133,8 +137,8 @@ class GpuPictures:
         return resized.flip(-1) if entry.flip else resized
 
 
-def _decode_on_cpu(data: Bytes, device: torch.device) -> Tensor | None:
+def _decode_on_cpu(data: Bytes, max_pixels: int, device: torch.device) -> Tensor | None:
     try:
-        return decode_rgb(data).to(device)
+        return decode_rgb(data, max_pixels).to(device)
     except DecodeError:
         return None

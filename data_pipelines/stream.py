@@ -148,7 +148,7 @@ class Stream:
 
     Raises:
         ShardError: the batch is larger than the data set, or weights do not fit the sources.
-        ValueError: the batch cannot be divided among the processes.
+        ValueError: the batch cannot be divided among the processes, or a setting out of range.
     """
 
     def __init__(
@@ -181,6 +181,7 @@ class Stream:
         self.rank, self.world, self.workers = rank, world, workers
         self.cached, self.finish = dict(cached or {}), finish
         self.config = config = config or StreamConfig()
+        _check_config(config)
         order = build_order(
             index.sizes,
             index.sources if isinstance(index, ShardIndex) else (),
@@ -254,6 +255,21 @@ class Stream:
                 skipped.update(batch["skipped"])
                 check_skipped(seen, skipped, self.config.max_skipped)
                 yield batch
+
+
+def _check_config(config: StreamConfig) -> None:
+    """Raise ValueError for numbers that nothing can be done with."""
+    limits = {
+        "max_pixels": (config.max_pixels, config.max_pixels >= 1, "at least 1"),
+        "max_skipped": (config.max_skipped, 0 <= config.max_skipped <= 1, "from 0 to 1"),
+        "report_wait": (config.report_wait, config.report_wait > 0, "above 0"),
+        "reading.attempts": (config.reading.attempts, config.reading.attempts >= 1, "at least 1"),
+        "reading.backoff": (config.reading.backoff, config.reading.backoff >= 0, "0 or more"),
+        "reading.timeout": (config.reading.timeout, config.reading.timeout > 0, "above 0"),
+    }
+    for name, (value, fits, range_) in limits.items():
+        if not fits:
+            raise ValueError(f"data.{name} must be {range_}, got {value}")
 
 
 def check_skipped(seen: int, skipped: Counter[str], limit: float) -> None:

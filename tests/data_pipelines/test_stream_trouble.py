@@ -18,7 +18,12 @@ from typing import Any
 import pytest
 import torch
 
-from data_pipelines.config import AugmentationConfig, ImageTextConfig, StreamConfig
+from data_pipelines.config import (
+    AugmentationConfig,
+    ImageTextConfig,
+    ReadingConfig,
+    StreamConfig,
+)
 from data_pipelines.errors import LoaderError
 from data_pipelines.image_text import image_text_stream
 from data_pipelines.shards import ShardError
@@ -136,6 +141,20 @@ def test_a_long_wait_is_explained(
     line = next(line for line in said.splitlines() if "no batch for" in line)
     assert re.search(rf"{who} has been at sample 'key3' of '0\.tar' for \d+ s", line)
     assert (workers == 0) or "loader process 1 (pid" in line
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("report_wait", 0.0, r"data\.report_wait must be above 0, got 0\.0"),
+        ("max_skipped", float("nan"), r"data\.max_skipped must be from 0 to 1, got nan"),
+        ("max_pixels", 0, r"data\.max_pixels must be at least 1, got 0"),
+        ("reading", ReadingConfig(backoff=-1), r"data\.reading\.backoff must be 0 or more, got -1"),
+    ],
+)
+def test_numbers_out_of_range_are_refused(name: str, value: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        stream_of([8], global_batch=4, config=StreamConfig(**{name: value}))
 
 
 def bad_half(sample: int) -> dict[str, Any]:
