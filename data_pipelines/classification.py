@@ -192,6 +192,11 @@ class ClassificationLoader:
         kind = GpuPictures if config.gpu_decoding else TrainingPictures
         self.pictures = kind(config, config.augmentation, image_size)
 
+    def start_batch(self, count: int) -> None:
+        """Prepare for the pictures of `count` samples."""
+        if isinstance(self.pictures, TrainingPictures):
+            self.pictures.start_batch(count)
+
     def __call__(self, sample: int) -> dict[str, Any]:
         try:
             label = self._label(self.source.label(sample))

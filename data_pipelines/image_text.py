@@ -70,6 +70,11 @@ class ImageTextLoader:
             self.pictures = GpuPictures(config, config.augmentation, image_size)
         self._tokens: dict[str, Tensor] = {}
 
+    def start_batch(self, count: int) -> None:
+        """Prepare for the pictures of `count` samples."""
+        if isinstance(self.pictures, TrainingPictures) and "image" not in self.cached:
+            self.pictures.start_batch(count)
+
     def __call__(self, sample: int) -> dict[str, Any]:
         config, reader = self.config, self.reader
         try:
