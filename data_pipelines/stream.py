@@ -31,7 +31,7 @@ from data_pipelines.waiting import Board, Watch
 
 Batch = dict[str, Any]
 ATTEMPTS = 64
-RESUME = "; --resume auto goes on with the next sample"
+RESUME = "; --resume auto goes on from the last checkpoint"
 SETTLED = 1000  # samples after which the share of skipped ones says something
 
 __all__ = ["ATTEMPTS", "SampleOrder", "SkipSample", "Stream", "StreamDataset", "collate"]
