@@ -60,6 +60,7 @@ from data_pipelines.transforms import eval_transform
 
 SIZE = 224
 CHUNK = 32  # pictures in a turn, and the streams' batch
+BARE = "bare training"
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -153,9 +154,9 @@ def stream_cases(pictures: list[bytes], folder: Path) -> list[Case]:
         ImageTextConfig(shards=shard, shuffle=False), tokenize=tokenizer, **options
     )
     return [
-        Case("bare training", _each(bare)),
-        Case("labelled stream", _next_batch(labelled), "bare training"),
-        Case("captioned stream", _next_batch(captioned), "bare training"),
+        Case(BARE, _each(bare)),
+        Case("labelled stream", _next_batch(labelled), BARE),
+        Case("captioned stream", _next_batch(captioned), BARE),
     ]
 
 
@@ -199,6 +200,11 @@ def summarise(cases: list[Case], rates: dict[str, list[float]]) -> list[dict[str
             ratios = [mine / other for mine, other in pairs]
             row |= {"against": case.against, "ratio": round(statistics.median(ratios), 3)}
             row["ratio_range"] = [round(min(ratios), 3), round(max(ratios), 3)]
+            if case.against == BARE:
+                extra = [
+                    1e6 / mine - 1e6 / other for mine, other in zip(own, rates[BARE], strict=True)
+                ]
+                row["extra_us"] = round(statistics.median(extra), 1)
         rows.append(row)
     return rows
 
@@ -227,6 +233,8 @@ def show(rows: list[dict[str, Any]]) -> None:
         if "against" in row:
             low, high = row["ratio_range"]
             line += f"   {row['ratio']:.2f} ({low:.2f} to {high:.2f}) of {row['against']}"
+        if "extra_us" in row:
+            line += f", {row['extra_us']:.0f} us more a picture"
         print(line, flush=True)
 
 

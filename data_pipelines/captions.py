@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data_pipelines.shards import FieldError, ShardReader
+from data_pipelines.shard_reader import Bytes, ShardReader
+from data_pipelines.shards import FieldError
 
 MAX_BYTES = 1 << 20  # tokenizers and parsers would take seconds and much memory for more
 JOINT = "::"  # between the fields of a caption key
@@ -39,7 +40,7 @@ def read_field(reader: ShardReader, sample: int, key: str) -> object:
     return parse_field(key, reader.read(sample, member_of(key), MAX_BYTES))
 
 
-def parse_field(key: str, data: bytes | None) -> object:
+def parse_field(key: str, data: Bytes | None) -> object:
     """Text of a member, one field of a JSON member for keys such as 'json:caption', or the array
     of an `npy` member.
 
@@ -66,7 +67,7 @@ def parse_field(key: str, data: bytes | None) -> object:
     return [_encodable(entry) for entry in value] if isinstance(value, list) else _encodable(value)
 
 
-def _array(data: bytes) -> np.ndarray:
+def _array(data: Bytes) -> np.ndarray:
     try:
         return np.load(io.BytesIO(data), allow_pickle=False)
     except Exception as error:  # numpy raises nearly anything on broken files

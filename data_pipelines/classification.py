@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,12 +15,8 @@ from data_pipelines.config import ClassificationConfig
 from data_pipelines.gpu_decode import GpuPictures
 from data_pipelines.image_folder import ImageFolder
 from data_pipelines.sample_index import SampleIndex
-from data_pipelines.shards import (
-    FieldError,
-    ShardError,
-    ShardReader,
-    open_shards,
-)
+from data_pipelines.shard_reader import Bytes, ShardReader
+from data_pipelines.shards import FieldError, ShardError, open_shards
 from data_pipelines.stream import SkipSample, Stream
 from data_pipelines.training_pictures import TrainingPictures, read_picture
 
@@ -46,6 +44,49 @@ def read_lines(path: str | Path) -> list[str]:
     return lines
 
 
+class ClassNumbers:
+    """Turns labels that are names of classes into their places among the names.
+
+    What reads as an integer is one, whatever the classes are called; names that are there twice
+    have no number.
+
+    Args:
+        names: in label order; empty where none are known.
+        labels: as in ClassificationConfig.
+    """
+
+    def __init__(self, names: Sequence[str], labels: str = "single") -> None:
+        twice = {name for name, count in Counter(names).items() if count > 1}
+        self.numbers = {name: n for n, name in enumerate(names) if name not in twice}
+        self.labels = labels
+
+    def __call__(self, value: object) -> object:
+        """A label, or a list of labels, with numbers in the place of the names that have one."""
+        if self.labels == "indices" and isinstance(value, list):
+            return [self._number(entry) for entry in value]
+        return self._number(value) if self.labels == "single" else value
+
+    def unknown(self, value: object) -> list[str]:
+        """Names in a label, or list of labels, that have no number."""
+        if self.labels == "indices" and isinstance(value, list):
+            return [entry for entry in map(self._number, value) if isinstance(entry, str)]
+        found = self(value) if self.labels == "single" else None
+        return [found] if isinstance(found, str) else []
+
+    def _number(self, value: object) -> object:
+        if not isinstance(value, str):
+            return value
+        try:
+            return int(value)
+        except ValueError:
+            return self.numbers.get(value.strip(), value)
+
+
+def class_numbers(config: ClassificationConfig) -> ClassNumbers:
+    """Those of `data.classnames`, where that file is given."""
+    return ClassNumbers(read_lines(config.classnames) if config.classnames else (), config.labels)
+
+
 class Source(SampleIndex, Protocol):
     """Labelled pictures by number; `classes` are the names that the source itself carries."""
 
@@ -59,7 +100,7 @@ class Source(SampleIndex, Protocol):
         """What the sample is called in logs."""
         ...
 
-    def picture(self, sample: int) -> bytes:
+    def picture(self, sample: int) -> Bytes:
         """The encoded picture, or SkipSample."""
         ...
 
@@ -73,19 +114,21 @@ class Shards:
         index = open_shards(config)
         index.require("picture", config.image_keys)
         index.require("label", [member_of(config.label_key)])
-        self.reader, self.index = ShardReader(index), index
+        members = (member_of(config.label_key), *config.image_keys)
+        self.reader, self.index = ShardReader(index, members), index
         self.image_keys, self.label_key = config.image_keys, config.label_key
+        self.numbers = class_numbers(config)
 
     def __len__(self) -> int:
         return len(self.index)
 
     def label(self, sample: int) -> object:
-        return read_field(self.reader, sample, self.label_key)
+        return self.numbers(read_field(self.reader, sample, self.label_key))
 
     def key(self, sample: int) -> str:
         return str(self.index.keys[sample])
 
-    def picture(self, sample: int) -> bytes:
+    def picture(self, sample: int) -> Bytes:
         return read_picture(self.reader, sample, self.image_keys)
 
 
@@ -148,6 +191,11 @@ class ClassificationLoader:
         self.labels = config.labels
         kind = GpuPictures if config.gpu_decoding else TrainingPictures
         self.pictures = kind(config, config.augmentation, image_size)
+
+    def start_batch(self, count: int) -> None:
+        """Prepare for the pictures of `count` samples."""
+        if isinstance(self.pictures, TrainingPictures):
+            self.pictures.start_batch(count)
 
     def __call__(self, sample: int) -> dict[str, Any]:
         try:

@@ -13,9 +13,10 @@ from PIL import Image, ImageDraw, ImageFont
 
 from data_pipelines.captions import MAX_BYTES, member_of, parse_field, read_captions
 from data_pipelines.decode import DecodeError, decode_rgb
+from data_pipelines.shard_counts import choose
 from data_pipelines.shard_stats import spread
 from data_pipelines.shard_survey import Fields, find_fields, find_shards, printable, read_picture
-from data_pipelines.shards import FieldError, ShardIndex, ShardReader, index_shards
+from data_pipelines.shards import FieldError, ShardReader
 from data_pipelines.tool_config import ShowConfig
 
 MARGIN, LETTERING, LINES = 8, 12, 4
@@ -39,15 +40,19 @@ def draw_contact_sheet(config: ShowConfig) -> tuple[Image.Image, int]:
         ValueError: a setting out of range.
     """
     check_config(config)
-    index = index_shards(find_shards(config.shards), folder=config.index_folder)
-    fields = find_fields(index, config)
-    chosen = spread(len(index), config.count)
-    if config.seed is not None:
-        count = min(config.count, len(index))
-        chosen = np.random.default_rng(config.seed).choice(len(index), count, replace=False)
-    reader = ShardReader(index)
-    tiles = [read_tile(reader, int(sample), fields, config) for sample in chosen]
-    return _draw(tiles, config, _title(index, len(tiles))), len(tiles)
+
+    def pick(total: int) -> Sequence[int]:
+        if config.seed is None:
+            return spread(total, config.count)
+        count = min(config.count, total)
+        return np.random.default_rng(config.seed).choice(total, count, replace=False).tolist()
+
+    choice = choose(find_shards(config.shards), config.index_folder, pick)
+    fields = find_fields(choice.index, config)
+    reader = ShardReader(choice.index)
+    tiles = [read_tile(reader, sample, fields, config) for sample in choice.samples]
+    title = f"{len(tiles)} of {choice.total:,} samples in {len(choice.counts):,} shards"
+    return _draw(tiles, config, title), len(tiles)
 
 
 def check_config(config: ShowConfig) -> None:
@@ -106,10 +111,6 @@ def _text(reader: ShardReader, sample: int, fields: Fields) -> str:
     except FieldError as error:
         parts.append(f"({error})")
     return printable(" ".join(parts), 400)
-
-
-def _title(index: ShardIndex, shown: int) -> str:
-    return f"{shown} of {len(index):,} samples in {len(index.paths):,} shards"
 
 
 def _draw(tiles: Sequence[Tile], config: ShowConfig, title: str) -> Image.Image:

@@ -21,10 +21,12 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision.io import ImageReadMode, decode_image
+from torchvision.io import ImageReadMode
 
 # Without this list Pillow would also try formats that run other programs (EPS).
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "AVIF")
+# What torchvision's function of this name ends in, without a warning for each call.
+_decode_image = torch.ops.image.decode_image.default
 _TORCHVISION = {("JPEG", "RGB"), ("JPEG", "L"), ("WEBP", "RGB")}
 _START_OF_SCAN = b"\xff\xda"
 # Encoders write about ten. Each scan of a progressive JPEG may pass over the whole picture again,
@@ -44,7 +46,7 @@ class _JpegHeader(NamedTuple):
     exif: bool
 
 
-def _plain_jpeg(data: bytes) -> _JpegHeader | None:
+def _plain_jpeg(data: bytes | bytearray) -> _JpegHeader | None:
     """The header of a JPEG in 8-bit grey or RGB with nothing unusual before its frame, else None.
 
     Pillow would say the same and take a twentieth of the time that a small picture takes in all.
@@ -82,7 +84,7 @@ class Picture:
     """
 
     def __init__(
-        self, data: bytes, max_pixels: int = 64_000_000, exif_orientation: bool = False
+        self, data: bytes | bytearray, max_pixels: int = 64_000_000, exif_orientation: bool = False
     ) -> None:
         self._data, self._orientation = data, 1
         self._image: Image.Image | None = None
@@ -132,8 +134,7 @@ class Picture:
             elif shrink > 1:
                 image = self._decode_shrunk(shrink)
             else:
-                buffer = torch.frombuffer(bytearray(self._data), dtype=torch.uint8)
-                image = decode_image(buffer, mode=ImageReadMode.RGB)
+                image = _from_torchvision(self._data)
         except DecodeError:
             raise
         except Exception as error:  # decoders raise nearly anything on broken files
@@ -149,7 +150,9 @@ class Picture:
         return _from_pillow(image)
 
 
-def decode_rgb(data: bytes, max_pixels: int = 64_000_000, exif_orientation: bool = False) -> Tensor:
+def decode_rgb(
+    data: bytes | bytearray, max_pixels: int = 64_000_000, exif_orientation: bool = False
+) -> Tensor:
     """Decode to uint8 (3, H, W), RGB.
 
     The header is checked before anything is decoded, so a small file that claims a huge picture
@@ -164,7 +167,15 @@ def decode_rgb(data: bytes, max_pixels: int = 64_000_000, exif_orientation: bool
     return Picture(data, max_pixels, exif_orientation).decode()
 
 
-def _open(data: bytes) -> Image.Image:
+def _from_torchvision(data: bytes | bytearray) -> Tensor:
+    # Of bytes that may not be written to, torch would warn.
+    buffer = torch.frombuffer(
+        data if isinstance(data, bytearray) else bytearray(data), dtype=torch.uint8
+    )
+    return _decode_image(buffer, ImageReadMode.RGB.value, False)
+
+
+def _open(data: bytes | bytearray) -> Image.Image:
     """Read a header with Pillow."""
     try:
         with warnings.catch_warnings():

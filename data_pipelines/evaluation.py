@@ -14,6 +14,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from data_pipelines.captions import integer_of, member_of, members_of, read_captions, read_field
 from data_pipelines.decode import DecodeError, decode_rgb
+from data_pipelines.loaders import iterate
+from data_pipelines.shard_reader import PREFETCHED
 from data_pipelines.shards import (
     FieldError,
     ShardError,
@@ -33,6 +35,8 @@ class SampleSet(Dataset[dict[str, Any]]):
     """
 
     transform: Callable[[Tensor], Tensor]
+    exif_orientation = False
+    """Turn photographs upright as their EXIF data say."""
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -51,6 +55,7 @@ class SampleSet(Dataset[dict[str, Any]]):
 
         Raises:
             ShardError: a label is out of range.
+            LoaderError: a loader process has died.
         """
         loader = DataLoader(
             self,
@@ -62,7 +67,7 @@ class SampleSet(Dataset[dict[str, Any]]):
             generator=torch.Generator(),
         )
         try:
-            yield from loader
+            yield from iterate(loader)
         except ShardError as error:
             raise without_stack(error) from None
 
@@ -107,7 +112,9 @@ class EvaluationSet(SampleSet):
             self.index.require("caption", members_of(caption_key))
         if label_key is not None:
             self.index.require("label", [member_of(label_key)])
-        self.reader = ShardReader(self.index)
+        members = [] if caption_key is None else members_of(caption_key)
+        members += [] if label_key is None else [member_of(label_key)]
+        self.reader = ShardReader(self.index, [*members, *image_keys])
         self.image_keys, self.caption_key, self.label_key = image_keys, caption_key, label_key
         self.num_classes, self.max_pixels, self.several = num_classes, max_pixels, several
         self.exif_orientation = exif_orientation
@@ -115,6 +122,14 @@ class EvaluationSet(SampleSet):
 
     def __len__(self) -> int:
         return len(self.index)
+
+    def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
+        """The samples of a batch; their bytes are fetched for a few at a time."""
+        samples: list[dict[str, Any]] = []
+        for start in range(0, len(indices), PREFETCHED):
+            self.reader.prefetch(indices[start : start + PREFETCHED])
+            samples += map(self.__getitem__, indices[start : start + PREFETCHED])
+        return samples
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         fields: dict[str, Any] = {"number": index, "key": str(self.index.keys[index])}

@@ -7,11 +7,12 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from data_pipelines.classification import ClassNumbers
 from data_pipelines.decode import DecodeError, decode_rgb
 from data_pipelines.evaluation import SampleSet
 from data_pipelines.shards import ShardError
@@ -62,7 +63,7 @@ class EntrySet(SampleSet):
     def __getitem__(self, index: int) -> dict[str, Any]:
         entry = self.entries[index]
         try:
-            image = decode_rgb(entry.read())
+            image = decode_rgb(entry.read(), exif_orientation=self.exif_orientation)
         except DecodeError as error:
             return {"number": index, "skipped": str(error)}
         return {
@@ -95,13 +96,15 @@ def hugging_face_set(
     transform: Callable[[Tensor], Tensor],
     label_key: str | None = None,
     caption_key: str | None = None,
+    classnames: Sequence[str] = (),
 ) -> EntrySet:
     """A dataset saved by `datasets` (`save_to_disk`), or a folder or name that it loads.
 
-    The picture is the column of type Image; names of classes come from a ClassLabel column.
+    The picture is the column of type Image; names of classes come from a ClassLabel column. Labels
+    that are names without it become their places in `classnames`.
 
     Raises:
-        ShardError: no such split or columns.
+        ShardError: no such split or columns, or a label that is neither a number nor a name.
     """
     import datasets
 
@@ -128,15 +131,24 @@ def hugging_face_set(
 
         return read
 
-    entries = []
+    entries, numbers = [], ClassNumbers(classnames)
     for number in range(len(loaded)):
         row = table[number] if len(table.column_names) else {}
         found = row[caption_key] if caption_key else []
         captions = [found] if isinstance(found, str) else list(found)
-        label = int(row[label_key]) if label_key else -1
+        label = _label(row[label_key], numbers, path) if label_key else -1
         entries.append(Entry(str(number), reader(number), captions, label))
     names = getattr(columns.get(label_key), "names", None) if label_key else None
     return EntrySet(f"{path}, {split}", entries, transform, names)
+
+
+def _label(value: object, numbers: ClassNumbers, path: str) -> int:
+    try:
+        return int(cast(Any, numbers(value)))
+    except (TypeError, ValueError) as error:
+        raise ShardError(
+            f"'{path}' has the label '{value}', which is neither a number nor one of classnames"
+        ) from error
 
 
 def karpathy_split(

@@ -14,6 +14,7 @@ KINDS = {
     "broken_shard": "no tar file, compressed, or cannot be read",
     "truncated_shard": "ends early or is damaged; what lies behind the damage is lost",
     "empty_shard": "a tar file without samples",
+    "miscounted_shard": "holds other than the samples that the _stats.json beside it has counted",
     "unread_member": "a link, a device, a hidden file or a name without extension",
     "scattered_members": "members of a sample do not stand together; many readers split it",
     "pickle_member": "a member that other readers would unpickle, which may run code",

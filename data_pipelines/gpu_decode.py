@@ -11,6 +11,7 @@ from torchvision.io import ImageReadMode, decode_jpeg
 
 from data_pipelines.config import AugmentationConfig, StreamConfig
 from data_pipelines.decode import DecodeError, Picture, decode_rgb
+from data_pipelines.shard_reader import Bytes
 from data_pipelines.shards import ShardError
 from data_pipelines.stream import SkipSample
 from data_pipelines.transforms import Box, train_transform
@@ -19,7 +20,7 @@ from data_pipelines.transforms import Box, train_transform
 class Undecoded(NamedTuple):
     """A JPEG and what is to be done with it, or a picture that the CPU has finished."""
 
-    data: bytes
+    data: Bytes
     box: Box
     flip: bool
     finished: Tensor | None = None
@@ -53,7 +54,7 @@ class GpuPictures:
             )
         self.max_pixels, self.image_size, self.device = config.max_pixels, image_size, device
 
-    def __call__(self, data: bytes) -> Undecoded:
+    def __call__(self, data: Bytes) -> Undecoded:
         """What a loader process does: read the header, draw, and decode what is no plain JPEG.
 
         Raises:
@@ -115,7 +116,11 @@ class GpuPictures:
                 list(decode_jpeg(encoded, ImageReadMode.RGB, device=device)) if encoded else []
             )
         except RuntimeError:  # one of them is broken, or of a kind that nvJPEG does not know
-            decoded = [_decode_on_cpu(e.data, device) for e in entries if e.finished is None]
+            decoded = [
+                _decode_on_cpu(e.data, self.max_pixels, device)
+                for e in entries
+                if e.finished is None
+            ]
         found = iter(decoded)
         return [next(found) if e.finished is None else e.finished for e in entries]
 
@@ -132,8 +137,8 @@ class GpuPictures:
         return resized.flip(-1) if entry.flip else resized
 
 
-def _decode_on_cpu(data: bytes, device: torch.device) -> Tensor | None:
+def _decode_on_cpu(data: Bytes, max_pixels: int, device: torch.device) -> Tensor | None:
     try:
-        return decode_rgb(data).to(device)
+        return decode_rgb(data, max_pixels).to(device)
     except DecodeError:
         return None

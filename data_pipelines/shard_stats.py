@@ -15,8 +15,9 @@ from tqdm import tqdm
 from data_pipelines.captions import MAX_BYTES, integer_of, member_of, parse_field, read_captions
 from data_pipelines.decode import DecodeError
 from data_pipelines.pack_pictures import read_header
+from data_pipelines.shard_counts import choose
 from data_pipelines.shard_survey import Fields, find_fields, find_shards, read_picture, survey
-from data_pipelines.shards import FieldError, ShardIndex, ShardReader, index_shards
+from data_pipelines.shards import FieldError, ShardIndex, ShardReader
 from data_pipelines.token_names import TokenNames, open_token_names
 from data_pipelines.tool_config import StatsConfig
 
@@ -55,10 +56,12 @@ class Tally:
 
 @dataclass
 class ShardStats:
-    """Figures of a set of shards; `looked_at` of its samples were read."""
+    """Figures of a set of shards; `looked_at` of its samples were read. `recorded` where counts are
+    those of `_stats.json` files, and `truncated` counts among the shards that were looked at."""
 
     shards: int
     samples: int
+    recorded: bool
     truncated: int
     file_bytes: Sequence[int]
     shard_samples: Sequence[int]
@@ -95,6 +98,7 @@ class ShardStats:
             "shards": self.shards,
             "truncated_shards": self.truncated,
             "samples": self.samples,
+            "counts_from": "_stats.json" if self.recorded else "headers",
             "looked_at": tally.samples,
             "unreadable": dict(tally.unreadable.most_common()),
             "formats": dict(tally.formats.most_common()),
@@ -148,24 +152,27 @@ def measure(config: StatsConfig, workers: int) -> ShardStats:
             raise ValueError(f"{name} must be at least 1, got {getattr(config, name)}")
     if config.samples is not None and config.samples < 1:
         raise ValueError(f"samples must be at least 1, got {config.samples}")
-    index = index_shards(find_shards(config.shards), folder=config.index_folder)
+    choice = choose(
+        find_shards(config.shards), config.index_folder, lambda total: spread(total, config.samples)
+    )
+    index = choice.index
     fields = find_fields(index, config)
     names = None
     if config.tokenizer is not None and fields.captions is not None:
         names = open_token_names(config.tokenizer)
     reader = SampleMeter(index, fields, names)
-    chosen = spread(len(index), config.samples)
     tally = Tally()
-    with tqdm(total=len(chosen), unit="sample", desc="stats", disable=None) as bar:
-        for count, part in survey(reader.measure, chosen, workers):
+    with tqdm(total=len(choice.samples), unit="sample", desc="stats", disable=None) as bar:
+        for count, part in survey(reader.measure, index, choice.samples, workers):
             tally.add(part)
             bar.update(count)
     return ShardStats(
-        shards=len(index.paths),
-        samples=len(index),
+        shards=len(choice.counts),
+        samples=choice.total,
+        recorded=choice.recorded,
         truncated=len(index.truncated),
-        file_bytes=index.file_bytes,
-        shard_samples=index.sizes.tolist(),
+        file_bytes=choice.file_bytes,
+        shard_samples=choice.counts,
         tally=tally,
         tokenizer=None if names is None else names.name,
         context_length=config.context_length,

@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from data_pipelines.captions import member_of, members_of
 from data_pipelines.ordered_map import ordered_map
+from data_pipelines.shard_reader import Bytes
 from data_pipelines.shards import (
     ShardError,
     ShardIndex,
@@ -16,6 +17,7 @@ from data_pipelines.shards import (
     expand_shards,
 )
 from data_pipelines.tool_config import ReadConfig
+from data_pipelines.waiting import Board
 
 Result = TypeVar("Result")
 CHUNK = 64  # samples that one process looks at at a time
@@ -66,7 +68,7 @@ def find_fields(index: ShardIndex, config: ReadConfig) -> Fields:
     return Fields(config.image_keys, captions, labels)
 
 
-def read_picture(reader: ShardReader, sample: int, image_keys: Sequence[str]) -> bytes | None:
+def read_picture(reader: ShardReader, sample: int, image_keys: Sequence[str]) -> Bytes | None:
     """The encoded picture of a sample, or None where it has none.
 
     Raises:
@@ -79,13 +81,47 @@ def read_picture(reader: ShardReader, sample: int, image_keys: Sequence[str]) ->
     return None
 
 
+class _Noted(Sequence[int]):
+    """Samples that are noted on a board as one goes through them."""
+
+    def __init__(self, samples: Sequence[int], board: Board) -> None:
+        self.samples, self.board = samples, board
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, place: Any) -> Any:
+        return self.samples[place]
+
+    def __iter__(self) -> Iterator[int]:
+        for sample in self.samples:
+            self.board.start(int(sample))
+            yield sample
+        self.board.rest()
+
+
 def survey(
-    look: Callable[[Sequence[int]], Result], samples: Sequence[int], workers: int
+    look: Callable[[Sequence[int]], Result],
+    index: ShardIndex,
+    samples: Sequence[int],
+    workers: int,
 ) -> Iterator[tuple[int, Result]]:
-    """What `look` says of chunks of `samples`, in order, and how many samples each has."""
-    chunks = [samples[start : start + CHUNK] for start in range(0, len(samples), CHUNK)]
-    for chunk, result in zip(chunks, ordered_map(look, chunks, workers), strict=True):
-        yield len(chunk), result
+    """What `look` says of chunks of `samples`, in order, and how many samples each has.
+
+    Raises:
+        LoaderError: a worker has died; it says at which sample.
+    """
+    board = Board(workers)
+
+    def at(pid: int) -> str | None:
+        sample = board.at(pid)
+        return None if sample is None else index.describe(sample)
+
+    chunks = [
+        _Noted(samples[start : start + CHUNK], board) for start in range(0, len(samples), CHUNK)
+    ]
+    results = ordered_map(look, chunks, workers, at=at)
+    yield from zip(map(len, chunks), results, strict=True)
 
 
 def printable(text: str, limit: int = 200) -> str:

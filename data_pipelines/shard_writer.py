@@ -36,7 +36,7 @@ class ShardWriter:
         self._tar = tarfile.open(fileobj=self._file, mode="w", format=tarfile.GNU_FORMAT)
         return self
 
-    def add(self, key: str, members: Mapping[str, bytes]) -> None:
+    def add(self, key: str, members: Mapping[str, bytes | bytearray]) -> None:
         """Append a sample, its members in the order of their extensions."""
         assert self._tar is not None
         for extension in sorted(members):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import glob
 import os
 import sys
+import time
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +24,7 @@ from data_pipelines.config import ReadingConfig, StreamConfig
 from data_pipelines.errors import FieldError, ShardError
 from data_pipelines.shard_index import ShardIndex
 from data_pipelines.shard_reader import MAX_MEMBER_BYTES, ShardReader
-from data_pipelines.sidecar import index_file
+from data_pipelines.sidecar import TURN_SECONDS, Indexing
 from data_pipelines.sources import ReadError, check_protocol, find_remote, is_remote
 from data_pipelines.tar_headers import (
     MAX_EXTENSIONS,
@@ -31,6 +32,8 @@ from data_pipelines.tar_headers import (
     split_name,
     too_many_message,
 )
+from data_pipelines.turns import is_first_process
+from data_pipelines.waiting import say
 
 __all__ = [
     "MAX_EXTENSIONS",
@@ -46,6 +49,7 @@ __all__ = [
     "open_shards",
     "split_name",
 ]
+PATIENCE = 60.0  # seconds until it is said who is waited for
 REMOTE_THREADS = 16  # shards of a store that are indexed at once
 
 
@@ -183,25 +187,55 @@ def index_shards(
 def _index_parts(
     paths: Sequence[str], folder: str | None, reading: ReadingConfig
 ) -> list[ShardPart]:
-    """Index each shard, those of stores side by side, with a bar on a terminal if it takes time."""
+    """Index each shard, those of stores side by side, with a bar on a terminal if it takes time.
+
+    Processes that do so at once share the work: each goes past what another one is at, and comes
+    back to it.
+    """
     bar = tqdm(
         total=len(paths),
         desc="indexing shards",
         unit="shard",
         delay=2,
         leave=False,
-        disable=not sys.stderr.isatty(),
+        disable=not (sys.stderr.isatty() and is_first_process()),
     )
-    pool = ThreadPoolExecutor(REMOTE_THREADS if any(map(is_remote, paths)) else 1)
+    # Disks are read by this thread, which Ctrl-C interrupts.
+    pool = ThreadPoolExecutor(REMOTE_THREADS) if any(map(is_remote, paths)) else None
+    apply = map if pool is None else pool.map
+    parts: dict[int, ShardPart] = {}
+    jobs: dict[int, Indexing] = {}
+
+    def attempt(number: int) -> ShardPart | None:
+        if number not in jobs:
+            jobs[number] = Indexing(paths[number], folder, reading)
+        return jobs[number].attempt()
+
+    left, since = list(range(len(paths))), time.monotonic()
     try:
-        parts = []
-        for part in pool.map(lambda path: index_file(path, folder, reading), paths):
-            parts.append(part)
-            bar.update()
-        return parts
+        while left:
+            for number, part in zip(left, apply(attempt, left), strict=True):
+                if part is not None:
+                    parts[number] = part
+                    bar.update()
+            before, left = len(left), [number for number in left if number not in parts]
+            if len(left) < before:
+                since = time.monotonic()
+            elif time.monotonic() - since > PATIENCE:
+                say(_waiting_message(paths[left[0]], len(left)))
+                since = time.monotonic()
+            if left:
+                time.sleep(TURN_SECONDS)
+        return [parts[number] for number in range(len(paths))]
     finally:
-        pool.shutdown(cancel_futures=True)
+        if pool is not None:
+            pool.shutdown(cancel_futures=True)
         bar.close()
+
+
+def _waiting_message(path: str, count: int) -> str:
+    more = f" and {count - 1} more" if count > 1 else ""
+    return f"waiting for another process that indexes '{path}'{more}"
 
 
 def describe_skips(skipped: Counter[str]) -> str:

@@ -12,7 +12,8 @@ import json
 import os
 import tempfile
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -25,12 +26,14 @@ from data_pipelines.config import ReadingConfig
 from data_pipelines.errors import ShardError
 from data_pipelines.sources import ReadError, Stamp, is_remote, read_range, stamp_of
 from data_pipelines.tar_headers import MAX_EXTENSIONS, ShardPart, read_headers
+from data_pipelines.turns import turn
 
 FORMAT = "1"  # also of how names are cut into keys and extensions
 SUFFIX = ".index.safetensors"
 # A file that was changed so shortly before it was indexed may be changed again within the same
 # tick of the file system's clock; such an index is not believed.
 FRESH_SECONDS = 2.0
+TURN_SECONDS = 0.05  # until another process is looked at again that is at work
 
 
 def index_file(
@@ -46,19 +49,61 @@ def index_file(
     Raises:
         ShardError: the shard cannot be read or used.
     """
-    reading = reading or ReadingConfig()
+    indexing = Indexing(path, folder, reading or ReadingConfig())
+    while (part := indexing.attempt()) is None:
+        time.sleep(TURN_SECONDS)
+    return part
+
+
+class Indexing:
+    """A shard whose index is wanted, by this process and perhaps by others at the same time.
+
+    One of them reads the headers, under a lock that its death would release; the others find the
+    sidecar afterwards. Where no sidecar will be believed, or no lock can be had, each reads alone.
+
+    Raises:
+        ShardError: the shard is not there or cannot be asked.
+    """
+
+    def __init__(self, path: str, folder: str | None, reading: ReadingConfig) -> None:
+        self.path, self.reading = path, reading
+        self.places = sidecar_paths(path, folder)
+        with _named(path):
+            self.stamp = stamp_of(path, reading)
+
+    def attempt(self) -> ShardPart | None:
+        """The index, or None while another process builds it.
+
+        Raises:
+            ShardError: the shard cannot be read or used.
+        """
+        part = self._load()
+        if part is not None:
+            return part
+        if not self.stamp.tag or _is_fresh(self.path, self.stamp):
+            return self._build()
+        with turn(self.places) as ours:
+            return (self._load() or self._build()) if ours else None
+
+    def _load(self) -> ShardPart | None:
+        parts = (_load(place, self.stamp) for place in self.places)
+        return next((part for part in parts if part is not None), None)
+
+    def _build(self) -> ShardPart:
+        fresh = _is_fresh(self.path, self.stamp)
+        with _named(self.path):
+            part = _read(self.path, self.stamp, self.reading)
+        if self.stamp.tag:
+            _store(self.places, part, self.stamp, fresh)
+        return part
+
+
+@contextmanager
+def _named(path: str) -> Iterator[None]:
     try:
-        stamp = stamp_of(path, reading)
-        for place in sidecar_paths(path, folder):
-            part = _load(place, stamp)
-            if part is not None:
-                return part
-        part = _read(path, stamp, reading)
+        yield
     except ReadError as error:
         raise ShardError(f"shard '{path}' {error}") from error
-    if stamp.tag:
-        _store(sidecar_paths(path, folder), part, stamp, fresh=_is_fresh(path, stamp))
-    return part
 
 
 def sidecar_paths(path: str, folder: str | None = None) -> list[Path]:

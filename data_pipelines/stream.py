@@ -10,7 +10,6 @@ sources and sampling with replacement are orders of their own (`data_pipelines.o
 
 from __future__ import annotations
 
-import multiprocessing
 import signal
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -21,17 +20,18 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from data_pipelines.cached_embeddings import CachedEmbeddings, Side
 from data_pipelines.config import StreamConfig
-from data_pipelines.errors import LoaderError, ShardError
+from data_pipelines.errors import ShardError
+from data_pipelines.loaders import iterate
 from data_pipelines.order import Order, SampleOrder, build_order, hash_of
 from data_pipelines.sample_index import SampleIndex
 from data_pipelines.shard_index import ShardIndex
 from data_pipelines.shard_reader import PREFETCHED, ShardReader
 from data_pipelines.shards import describe_skips
-from data_pipelines.sources import is_remote
-from data_pipelines.waiting import Board, Watch, dead_processes
+from data_pipelines.waiting import Board, Watch
 
 Batch = dict[str, Any]
 ATTEMPTS = 64
+RESUME = "; --resume auto goes on from the last checkpoint"
 SETTLED = 1000  # samples after which the share of skipped ones says something
 
 __all__ = ["ATTEMPTS", "SampleOrder", "SkipSample", "Stream", "StreamDataset", "collate"]
@@ -53,7 +53,8 @@ class StreamDataset(Dataset[dict[str, Any]]):
         load: see above.
         seed: see above.
         stop_with: the shards, if an unusable sample ends the stream; for the message.
-        reader: fetches samples of stores ahead.
+        reader: fetches what `load` reads of a few samples ahead.
+        start_batch: is told how many samples a batch has, before its first.
         board: is told what this process is at.
     """
 
@@ -65,45 +66,55 @@ class StreamDataset(Dataset[dict[str, Any]]):
         *,
         stop_with: SampleIndex | None = None,
         reader: ShardReader | None = None,
+        start_batch: Callable[[int], None] | None = None,
         board: Board | None = None,
     ) -> None:
         self.order, self.load, self.seed = order, load, seed
-        self.stop_with, self.reader = stop_with, reader
+        self.stop_with, self.reader, self.start_batch = stop_with, reader, start_batch
         self.board = board or Board(workers=0)
 
     def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
-        """The samples of a batch; those of stores are fetched a few at a time, side by side."""
-        if self.reader is None:
-            return [self[index] for index in indices]
-        samples: list[dict[str, Any]] = []
-        for start in range(0, len(indices), PREFETCHED):
-            some = indices[start : start + PREFETCHED]
-            numbers = [self.order.candidate(index, 0) for index in some]
-            self.board.start(numbers[0])
-            self.reader.prefetch(numbers)
-            samples += [self[index] for index in some]
-        return samples
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        skipped: list[str] = []
+        """The samples of a batch; their bytes are fetched for a few at a time."""
         outside = torch.get_rng_state()  # without workers this is the training process
         try:
-            for attempt in range(min(ATTEMPTS, self.order.span)):
-                sample = self.order.candidate(index, attempt)
-                self.board.start(sample)
-                torch.default_generator.manual_seed(hash_of(self.seed, index) >> 65)
-                try:
-                    return self.load(sample) | {"skipped": skipped}
-                except SkipSample as reason:
-                    if self.stop_with is not None:
-                        raise ShardError(
-                            f"{self.stop_with.describe(sample)} cannot be used: {reason};"
-                            " data.on_bad_sample skip would count it and go on"
-                        ) from reason
-                    skipped.append(str(reason))
+            samples: list[dict[str, Any]] = []
+            if self.start_batch is not None:
+                self.start_batch(len(indices))
+            for start in range(0, len(indices), PREFETCHED):
+                # One kind of work at a time: decoding a picture drives everything else out of the
+                # processor's caches.
+                some = indices[start : start + PREFETCHED]
+                numbers = [self.order.candidate(index, 0) for index in some]
+                seeds = [hash_of(self.seed, index) >> 65 for index in some]
+                if self.reader is not None:
+                    self.board.start(numbers[0])
+                    self.reader.prefetch(numbers)
+                samples += map(self._load, some, numbers, seeds)
+            return samples
         finally:
             torch.set_rng_state(outside)
             self.board.rest()
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.__getitems__([index])[0]
+
+    def _load(self, index: int, sample: int, seed: int) -> dict[str, Any]:
+        """The sample of a serial number, or what takes its place."""
+        skipped: list[str] = []
+        for attempt in range(min(ATTEMPTS, self.order.span)):
+            if attempt:
+                sample = self.order.candidate(index, attempt)
+            self.board.start(sample)
+            torch.default_generator.manual_seed(seed)
+            try:
+                return self.load(sample) | {"skipped": skipped}
+            except SkipSample as reason:
+                if self.stop_with is not None:
+                    raise ShardError(
+                        f"{self.stop_with.describe(sample)} cannot be used: {reason};"
+                        " data.on_bad_sample skip would count it and go on"
+                    ) from reason
+                skipped.append(str(reason))
         reasons = Counter(skipped).most_common(3)
         raise ShardError(
             f"{len(skipped)} samples in a row cannot be used: "
@@ -145,7 +156,7 @@ class Stream:
 
     Raises:
         ShardError: the batch is larger than the data set, or weights do not fit the sources.
-        ValueError: the batch cannot be divided among the processes.
+        ValueError: the batch cannot be divided among the processes, or a setting out of range.
     """
 
     def __init__(
@@ -178,6 +189,7 @@ class Stream:
         self.rank, self.world, self.workers = rank, world, workers
         self.cached, self.finish = dict(cached or {}), finish
         self.config = config = config or StreamConfig()
+        _check_config(config)
         order = build_order(
             index.sizes,
             index.sources if isinstance(index, ShardIndex) else (),
@@ -187,13 +199,13 @@ class Stream:
             weights=config.weights,
             with_replacement=config.with_replacement,
         )
-        remote = isinstance(index, ShardIndex) and any(map(is_remote, index.paths))
         self.dataset = StreamDataset(
             order,
             load,
             seed,
             stop_with=index if config.on_bad_sample == "stop" else None,
-            reader=getattr(load, "reader", None) if remote else None,
+            reader=getattr(load, "reader", None),
+            start_batch=getattr(load, "start_batch", None),
             board=Board(workers),
         )
 
@@ -229,20 +241,16 @@ class Stream:
             # A loader draws one number; not from the generator that training uses.
             generator=torch.Generator(),
         )
-        # Told by the parent, for a loader may die before it has said anything.
-        others = multiprocessing.active_children()
-        loading = iter(loader)
-        loaders = [child for child in multiprocessing.active_children() if child not in others]
         try:
-            batches = self._checked(loading)
+            batches = self._checked(iterate(loader, self._at, RESUME))
             yield from batches if self.finish is None else map(self.finish, batches)
         except ShardError as error:
             raise without_stack(error) from None
-        except (RuntimeError, ConnectionError, EOFError) as error:
-            known = str(error).startswith("DataLoader worker (pid")
-            if not self.workers or (isinstance(error, RuntimeError) and not known):
-                raise
-            raise _dead_loader(error, dead_processes(loaders)) from None
+
+    def _at(self, pid: int) -> str | None:
+        """What a loader process has been at, for messages."""
+        sample = self.dataset.board.at(pid)
+        return None if sample is None else self.index.describe(sample)
 
     def _checked(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """The batches, with a word about long waits and a limit to what is skipped."""
@@ -258,6 +266,21 @@ class Stream:
                 yield batch
 
 
+def _check_config(config: StreamConfig) -> None:
+    """Raise ValueError for numbers that nothing can be done with."""
+    limits = {
+        "max_pixels": (config.max_pixels, config.max_pixels >= 1, "at least 1"),
+        "max_skipped": (config.max_skipped, 0 <= config.max_skipped <= 1, "from 0 to 1"),
+        "report_wait": (config.report_wait, config.report_wait > 0, "above 0"),
+        "reading.attempts": (config.reading.attempts, config.reading.attempts >= 1, "at least 1"),
+        "reading.backoff": (config.reading.backoff, config.reading.backoff >= 0, "0 or more"),
+        "reading.timeout": (config.reading.timeout, config.reading.timeout > 0, "above 0"),
+    }
+    for name, (value, fits, range_) in limits.items():
+        if not fits:
+            raise ValueError(f"data.{name} must be {range_}, got {value}")
+
+
 def check_skipped(seen: int, skipped: Counter[str], limit: float) -> None:
     """Raise ShardError where more than the share `limit` of at least SETTLED samples that were
     tried, seen or skipped, were skipped."""
@@ -267,17 +290,6 @@ def check_skipped(seen: int, skipped: Counter[str], limit: float) -> None:
             f"of {tried} samples, {describe_skips(skipped)}; that is more than data.max_skipped"
             f" {limit:g} allows: mend the shards, or raise it"
         )
-
-
-def _dead_loader(error: Exception, dead: list[int]) -> LoaderError:
-    """The error about a loader process that ended without being asked to."""
-    error.__traceback__ = None  # it would keep the other loader processes alive
-    killed = ": it was killed (often by the system, for lack of memory)"
-    return LoaderError(
-        f"a loader process has died (pid {', '.join(map(str, dead)) or 'unknown'})"
-        + (killed if "killed" in str(error) else "")
-        + ": use fewer data.workers or more memory; --resume auto goes on with the next sample"
-    )
 
 
 def without_stack(error: ShardError) -> ShardError:
@@ -310,10 +322,31 @@ def collate(samples: list[dict[str, Any]]) -> Batch:
 
 
 def _stack(values: list[torch.Tensor]) -> torch.Tensor:
-    """Stack; pictures keep their channels side by side in memory (channels last).
+    """Stack; pictures keep their channels side by side in memory (channels last), and are not
+    copied where they are the rows of a batch already.
 
     Taking them apart on the way would cost as much as a twentieth of decoding a small picture.
     """
     if values[0].ndim == 3 and values[0].stride(0) == 1:
+        if _are_rows(values):
+            return values[0].as_strided(
+                (len(values), *values[0].shape), (values[0].numel(), *values[0].stride())
+            )
         return torch.stack([value.permute(1, 2, 0) for value in values]).permute(0, 3, 1, 2)
     return torch.stack(values)
+
+
+def _are_rows(values: list[torch.Tensor]) -> bool:
+    """Whether tensors follow upon each other in memory, from its start to its end."""
+    first = values[0]
+    size = first.numel() * first.element_size()
+    storage = first.untyped_storage()
+    if storage.nbytes() != size * len(values) or not first.permute(1, 2, 0).is_contiguous():
+        return False
+    shape, strides, start = first.shape, first.stride(), storage.data_ptr()
+    return all(
+        value.data_ptr() == start + row * size
+        and value.shape == shape
+        and value.stride() == strides
+        for row, value in enumerate(values)
+    )

@@ -13,6 +13,7 @@ import datasets
 import numpy as np
 from datasets import ClassLabel, Dataset, DatasetDict, Image, IterableDataset, load_dataset
 
+from data_pipelines.classification import class_numbers
 from data_pipelines.config import ClassificationConfig
 from data_pipelines.image_folder import read_file
 from data_pipelines.shards import MAX_MEMBER_BYTES, FieldError, ShardError
@@ -28,11 +29,13 @@ _FINGERPRINTED = 64  # rows whose pictures are hashed
 class Table:
     """Samples of one split of a dataset.
 
-    `classes` are the names that its label column carries (ClassLabel), else None. Pictures are
-    read as they are stored and decoded by this project, not by `datasets`.
+    `classes` are the names that its label column carries (ClassLabel), else None; labels that are
+    names become their lines in `data.classnames`. Pictures are read as they are stored and decoded
+    by this project, not by `datasets`.
 
     Raises:
-        ShardError: the dataset, its split or a column is missing, or it cannot be streamed.
+        ShardError: the dataset, its split or a column is missing, it cannot be streamed, or labels
+            are names that `data.classnames` does not have.
     """
 
     truncated: tuple[str, ...] = ()
@@ -56,11 +59,15 @@ class Table:
         label = getattr(label, "feature", label)  # of a list of labels, what its entries are
         self.classes = list(label.names) if isinstance(label, ClassLabel) else None
         self.image_column, self.label_column = config.image_column, config.label_column
+        self.numbers = class_numbers(config)
         self.rows: Any = rows
         self._last: tuple[int, dict[str, Any]] = (-1, {})
         if isinstance(rows, Dataset):
             self._length = len(rows)
-            self._fingerprint = self._hash_rows(rows)
+            labels: Any = rows.select_columns([config.label_column]).with_format("arrow")[:]
+            values = labels[config.label_column].to_pylist()
+            self._check_names(values)
+            self._fingerprint = self._hash_rows(rows, values)
         else:
             self._length = _streamed_length(rows, config)
             self.rows = StreamedRows(rows)
@@ -69,10 +76,24 @@ class Table:
         if not self._length:
             raise ShardError(f"data.dataset '{config.dataset}' has no rows in '{config.split}'")
 
-    def _hash_rows(self, rows: Dataset) -> str:
+    def _check_names(self, labels: list[Any]) -> None:
+        """Raise ShardError where labels are names without a number."""
+        unknown = sorted({name for label in labels for name in self.numbers.unknown(label)})
+        if not unknown:
+            return
+        more = f" and {len(unknown) - 1} more names" if len(unknown) > 1 else ""
+        remedy = (
+            "which data.classnames does not have, or twice: mend that file"
+            if self.numbers.numbers
+            else "no numbers: set data.classnames to a file with one class name per line"
+        )
+        raise ShardError(
+            f"data.label_column '{self.label_column}' holds '{unknown[0]}'{more}, {remedy}"
+        )
+
+    def _hash_rows(self, rows: Dataset, labels: list[Any]) -> str:
         digest = hashlib.sha256(f"{len(rows)}".encode())
-        labels: Any = rows.select_columns([self.label_column]).with_format("arrow")[:]
-        digest.update(repr(labels[self.label_column].to_pylist()).encode())
+        digest.update(repr(labels).encode())
         for row in range(0, len(rows), -(-len(rows) // _FINGERPRINTED)):
             image = rows[row][self.image_column]
             data = image.get("bytes") if isinstance(image, dict) else image
@@ -99,11 +120,18 @@ class Table:
         return f"row {sample}"
 
     def label(self, sample: int) -> object:
-        """What the label column holds."""
+        """What the label column holds, numbers in the place of names.
+
+        Raises:
+            FieldError: nothing.
+            ShardError: a name without a number, in a table that is streamed.
+        """
         value = self._row(sample)[self.label_column]
         if value is None:
             raise FieldError("no label")
-        return value
+        if isinstance(self.rows, StreamedRows):  # whose labels come one by one
+            self._check_names([value])
+        return self.numbers(value)
 
     def key(self, sample: int) -> str:
         """Number of the row."""

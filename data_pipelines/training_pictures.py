@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from data_pipelines.config import AugmentationConfig, StreamConfig
 from data_pipelines.decode import DecodeError, Picture
-from data_pipelines.shards import FieldError, ShardReader
+from data_pipelines.shard_reader import Bytes, ShardReader
+from data_pipelines.shards import FieldError
 from data_pipelines.stream import SkipSample
 from data_pipelines.transforms import train_transform
 
@@ -24,8 +26,16 @@ class TrainingPictures:
         self.max_pixels, self.exif_orientation = config.max_pixels, config.exif_orientation
         self.scaled = config.scaled_decoding
         self.transform = train_transform(image_size, augmentation)
+        self.image_size = image_size
+        self._rows: list[Tensor] = []
 
-    def __call__(self, data: bytes) -> Tensor:
+    def start_batch(self, count: int) -> None:
+        """Let the next `count` pictures lie side by side, so that `collate` need not copy them."""
+        size = self.image_size
+        rows = torch.empty((count, size, size, 3), dtype=torch.uint8).permute(0, 3, 1, 2)
+        self._rows = list(rows.unbind())[::-1]
+
+    def __call__(self, data: Bytes) -> Tensor:
         """Decode, crop and augment, drawing from torch's default generator.
 
         Raises:
@@ -40,10 +50,14 @@ class TrainingPictures:
             raise SkipSample(str(error)) from error
         if image.shape[-2:] != (picture.height, picture.width):
             box = box.shrunk(shrink)
-        return self.transform(image, box)
+        if not self._rows:
+            return self.transform(image, box)
+        row = self._rows.pop()
+        result = self.transform(image, box, row)
+        return row if result.data_ptr() == row.data_ptr() else row.copy_(result)
 
 
-def read_picture(reader: ShardReader, sample: int, image_keys: list[str]) -> bytes:
+def read_picture(reader: ShardReader, sample: int, image_keys: list[str]) -> Bytes:
     """The encoded picture of a sample: the first of its members `image_keys`.
 
     Raises:

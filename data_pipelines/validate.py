@@ -26,6 +26,7 @@ from data_pipelines.inspect_headers import inspect_shard
 from data_pipelines.near_duplicates import brightness_steps, repeats, repeats_of_hashes
 from data_pipelines.ordered_map import ordered_map
 from data_pipelines.pack_pictures import HugeImageError, read_header
+from data_pipelines.shard_reader import Bytes
 from data_pipelines.shard_survey import (
     Fields,
     find_fields,
@@ -75,7 +76,7 @@ def validate(config: ValidateConfig, workers: int) -> Validation:
     checker = SampleChecker(index, fields, config)
     digests, hashes = [], list[int | None]()
     with tqdm(total=len(index), unit="sample", desc="samples", disable=None) as bar:
-        for count, looked in survey(checker.check, range(len(index)), workers):
+        for count, looked in survey(checker.check, index, range(len(index)), workers):
             findings += looked.findings
             digests.append(looked.digests)
             hashes += looked.hashes
@@ -138,7 +139,7 @@ class SampleChecker:
             findings += [Finding(kind, shard, key, why, int(sample)) for kind, why in problems]
         return Looked(findings, digests, hashes)
 
-    def _picture(self, sample: int) -> tuple[bytes | None, list[tuple[str, str]]]:
+    def _picture(self, sample: int) -> tuple[Bytes | None, list[tuple[str, str]]]:
         try:
             data = read_picture(self.reader, sample, self.fields.images)
         except FieldError as error:
@@ -146,7 +147,7 @@ class SampleChecker:
             return None, [(kind, str(error))]
         return data, [] if data is not None else [("missing_member", "no picture")]
 
-    def _pixel_problems(self, data: bytes) -> tuple[int | None, list[tuple[str, str]]]:
+    def _pixel_problems(self, data: Bytes) -> tuple[int | None, list[tuple[str, str]]]:
         """Brightness steps of a picture where they are wanted, and what is wrong with it."""
         config = self.config
         try:

@@ -41,6 +41,7 @@ class ClassificationEvaluator:
             label_key=config.label_key,
             num_classes=num_classes,
             resize_mode=config.resize_mode or "squash",
+            exif_orientation=config.exif_orientation,
         )
 
     @torch.inference_mode()

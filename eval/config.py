@@ -38,6 +38,9 @@ class EvaluationSetConfig:
     resize_mode: str | None = None
     """squash stretches to the square; shortest scales the shorter side and crops the centre; null
     is what the model was trained with."""
+    exif_orientation: bool = False
+    """Turn photographs upright as their EXIF data say, where training did; open_clip and big_vision
+    do not."""
     tasks: list[str] = field(default_factory=list)
     """zero_shot_classification, retrieval, few_shot, linear_probe, knn."""
     data: str = ""

@@ -97,6 +97,7 @@ def cache_key(subject: Subject, samples: SampleSet, kinds: set[str]) -> str:
     """Hash of the weights, the pictures' processing, the precision and the set."""
     parts = [subject.weights_sha256, subject.precision, subject.preprocess, sorted(kinds)]
     options = [getattr(samples, n, None) for n in ("image_keys", "caption_key", "label_key")]
+    options += ["upright"] * samples.exif_orientation
     text = json.dumps([*parts, samples.fingerprint(), options], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:24]
 

@@ -52,9 +52,11 @@ def plan_set(
     names = read_classnames(config.classnames) if config.classnames else []
     labelled = set(own) - {"retrieval"}
     test = _open(config, subject, config.split, config.shards, len(names), bool(labelled))
+    test.exif_orientation = config.exif_orientation
     train = None
     if set(own) & NEED_TRAIN:
         train = _open(config, subject, config.train_split, config.train_shards, len(names), True)
+        train.exif_orientation = config.exif_orientation
     names = names or list(getattr(test, "classnames", []))
     if labelled and not names:
         raise ValueError(f"evaluation set '{where}' has no class names: set classnames")
@@ -148,7 +150,8 @@ def _open(
         label = config.label_key if labelled else None
         if label == EvaluationSetConfig().label_key:
             label = "label"  # the usual name of the column
-        return hugging_face_set(config.data, split, transform, label, config.caption_key)
+        names = read_classnames(config.classnames) if config.classnames else []
+        return hugging_face_set(config.data, split, transform, label, config.caption_key, names)
     return image_folder(str(path / split if (path / split).is_dir() else path), transform)
 
 

@@ -105,6 +105,7 @@ class ImageTextEvaluator:
             num_classes=len(self.prompts),
             resize_mode=self.resize_mode,
             interpolation=interpolation,
+            exif_orientation=config.exif_orientation,
         )
 
     def __call__(self, model: nn.Module) -> dict[str, float | None]:

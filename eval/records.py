@@ -39,7 +39,7 @@ def make_record(
         "split": config.split,
         "shards": config.shards or config.data,
         "shards_fingerprint": planned.test.fingerprint(),
-        "preprocess": subject.preprocess,
+        "preprocess": subject.preprocess | {"exif_orientation": config.exif_orientation},
         "precision": subject.precision,
         "weights_sha256": subject.weights_sha256,
         "tie_rule": "index",

@@ -99,6 +99,7 @@ def _validate(config: ValidateConfig) -> int:
     from data_pipelines.clean_copy import check_folder, write_clean_copy
     from data_pipelines.shard_survey import find_shards
     from data_pipelines.shard_writer import write_json
+    from data_pipelines.shards import describe_skips
     from data_pipelines.validate import validate
 
     if config.report is not None and not Path(config.report).parent.is_dir():
@@ -112,8 +113,12 @@ def _validate(config: ValidateConfig) -> int:
         write_json(Path(config.report), found.as_json())
     print("\n".join(found.lines()))
     if config.clean is not None:
-        shards, samples = write_clean_copy(found, Path(config.clean))
-        print(f"{samples} samples without problems in {shards} shards: {config.clean}/*.tar")
+        copy = write_clean_copy(found, Path(config.clean))
+        print(
+            f"{copy.samples} samples without problems in {copy.shards} shards: {config.clean}/*.tar"
+        )
+        if copy.unread:
+            print(f"not copied: {describe_skips(copy.unread)}")
     return 1 if found.findings else 0
 
 
@@ -142,7 +147,8 @@ def _print_stats(figures: dict[str, Any]) -> None:
     from data_pipelines.shard_survey import printable
     from eval.tables import text_table
 
-    print(f"{figures['samples']} samples in {figures['shards']} shards")
+    recorded = " by their _stats.json" if figures["counts_from"] == "_stats.json" else ""
+    print(f"{figures['samples']} samples in {figures['shards']} shards{recorded}")
     if figures["looked_at"] < figures["samples"]:
         print(f"looked at {figures['looked_at']} of them")
     for name in ("truncated_shards", "unreadable"):

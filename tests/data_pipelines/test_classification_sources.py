@@ -228,6 +228,54 @@ def test_names_from_a_file_and_what_does_not_fit(
         class_names(parquet, open_source(parquet))
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_labels_that_are_names(picture: Picture, tmp_path: Path, streaming: bool) -> None:
+    """Without ClassLabel, by the lines of `classnames`; what has none stops, and is not skipped."""
+    names = tmp_path / "names.txt"
+    names.write_text("sea cow\nbee\nant\n")
+    words = ["ant", "bee", " sea cow", "2", None]
+    rows = [{"image": picture(n), "label": word} for n, word in enumerate(words)]
+    Dataset.from_list(rows).to_parquet(tmp_path / "words.parquet")
+    config = ClassificationConfig(
+        dataset=str(tmp_path / "words.parquet"), classnames=str(names), augmentation=WHOLE,
+        shuffle=False, streaming=streaming, samples=5,
+    )  # fmt: skip
+    assert class_names(config, open_source(config)) == ["sea cow", "bee", "ant"]
+    (batch,) = take(config, 1)
+    assert batch["label"].tolist()[:4] == [2, 1, 0, 2]
+    assert batch["skipped"] == ["no label"]
+    names.write_text("sea cow\nbee\nfly\n")
+    with pytest.raises(ShardError, match=r"'label' holds 'ant', which data\.classnames does not"):
+        take(config, 1)
+    names.write_text("ant\nbee\nbee\n")
+    with pytest.raises(ShardError, match=r"holds '.*(bee|sea cow)'.*, which data\.classnames"):
+        take(config, 1, global_batch=3)
+    config.classnames = ""
+    with pytest.raises(ShardError, match=r"holds '.*, no numbers: set data\.classnames to"):
+        take(config, 1)
+
+
+def test_names_in_lists_and_in_shards(make_shard: Any, picture: Picture, tmp_path: Path) -> None:
+    names = tmp_path / "names.txt"
+    names.write_text("ant\nbee\ncow\n")
+    rows = [{"image": picture(n), "tags": tags} for n, tags in enumerate([["cow", "ant"], []])]
+    Dataset.from_list(rows).to_parquet(tmp_path / "tags.parquet")
+    tagged = ClassificationConfig(
+        dataset=str(tmp_path / "tags.parquet"), label_column="tags", labels="indices",
+        shuffle=False, classnames=str(names),
+    )  # fmt: skip
+    (batch,) = take(tagged, 1, global_batch=2)
+    assert batch["label"].tolist() == [[1, 0, 1], [0, 0, 0]]
+    words = [b"bee\n", b"ant", b"1", b"wasp"]
+    samples = [(f"{n}", {"png": picture(n), "cls": word}) for n, word in enumerate(words)]
+    shards = str(make_shard("words.tar", samples))
+    config = ClassificationConfig(shards=shards, classnames=str(names), shuffle=False)
+    (batch,) = take(config, 1, global_batch=3)
+    assert batch["label"].tolist() == [1, 0, 1]
+    (batch,) = take(config, 1, global_batch=4)
+    assert batch["skipped"] == ["label is no integer"]
+
+
 def test_what_cannot_be_opened_is_told_in_a_line(table: Dataset, tmp_path: Path) -> None:
     parquet = stored(table, tmp_path, "parquet")
     (tmp_path / "empty").mkdir()

@@ -91,7 +91,7 @@ def test_mutated_shards(
         assert total == stats.samples == len(validation.index)
         draw_contact_sheet(ShowConfig(str(path), count=3, size=16, max_pixels=MAX_PIXELS))
         bad = len(validation.bad_samples())
-        assert write_clean_copy(validation, clean) == (int(total > bad), total - bad)
+        assert write_clean_copy(validation, clean) == (int(total > bad), total - bad, {})
         if total > bad:
             assert not check(clean).findings
             sane += 1

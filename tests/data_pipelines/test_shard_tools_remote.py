@@ -34,7 +34,7 @@ def test_validate_and_stats_over_http(
         assert kinds == {
             ("pickle_member", "k1"), ("duplicate_image", "k3"),
         }  # fmt: skip
-        assert write_clean_copy(found, tmp_path / "clean") == (1, 3)
+        assert write_clean_copy(found, tmp_path / "clean") == (1, 3, {})
         assert list(measure(StatsConfig(here, tokenizer=None), 0).tally.widths) == [20] * 4
         server.released.set()
         server.shutdown()

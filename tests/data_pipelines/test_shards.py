@@ -9,10 +9,14 @@ import re
 import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from data_pipelines import shard_reader
+from data_pipelines.config import ReadingConfig
 from data_pipelines.shards import (
     MAX_EXTENSIONS,
     MAX_MEMBER_BYTES,
@@ -291,6 +295,53 @@ def test_a_reader_travels_without_its_files(make_shard: MakeShard) -> None:
     assert copy._files == {}
     assert copy.read(2, "txt") == b"about c"
     assert copy.read(2, "json") is None
+
+
+def test_fetching_ahead_changes_nothing_that_is_read(tmp_path: Path) -> None:
+    """Members apart, absent, empty and large, asked for in any order, of this and of other samples;
+    within a budget of bytes."""
+    rng = np.random.default_rng(0)
+    entries: list[tuple[str, bytes]] = []
+    for number in range(40):
+        members = [("jpg", rng.bytes(int(rng.integers(0, 3000)))), ("txt", rng.bytes(9))]
+        members += [("npy", rng.bytes(200_000))] if number % 7 == 0 else []
+        members += [("cls", b"")] if number % 5 else []
+        entries += [(f"{number}.{ext}", data) for ext, data in members]
+    late = entries[40:44]  # far from the rest of their samples
+    path = write_tar(tmp_path / "0.tar", [e for e in entries if e not in late] + late)
+    index = index_shards([str(path)])
+    expected = {tuple(name.split(".")): data for name, data in entries}
+    for members in ((), ("jpg", "txt", "absent"), ("npy", "jpg")):
+        reader = ShardReader(index, members)
+        for start in range(0, 40, 8):
+            chunk = [int(n) for n in rng.permutation(40)[:8]] if start else list(range(8))
+            reader.prefetch(chunk)
+            for sample in [*chunk, 39, chunk[0]]:
+                for ext in rng.permutation(["txt", "jpg", "npy", "cls"]):
+                    wanted = expected.get((str(index.keys[sample]), str(ext)))
+                    assert reader.read(sample, str(ext)) == wanted
+    large = next(n for n in range(40) if len(expected[str(index.keys[n]), "jpg"]) > 10)
+    reader.prefetch([large])
+    with pytest.raises(FieldError, match="jpg member over 10 bytes"):
+        reader.read(large, "jpg", 10)
+
+
+def test_what_is_fetched_ahead_is_bounded(
+    make_shard: MakeShard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    samples = [(f"{n}", {"jpg": bytes([n]) * 1000, "txt": b"t"}) for n in range(20)]
+    reading = ReadingConfig(attempts=1)
+    index = index_shards([str(make_shard("0.tar", samples))], reading=reading)
+    monkeypatch.setattr(shard_reader, "PREFETCHED_BYTES", 10_000)
+    reader = ShardReader(index, ("jpg", "txt"))
+    reader.prefetch(range(20))
+    os.truncate(index.paths[0], 0)  # what is held can still be read, the rest not
+    held = 0
+    for sample in range(20):
+        with suppress(FieldError):
+            assert reader.read(sample, "jpg") == bytes([sample]) * 1000
+            held += 1
+    assert 2 <= held <= 10
 
 
 def test_describe_skips() -> None:

@@ -279,3 +279,16 @@ def test_collate() -> None:
     assert batch["x"].tolist() == [1, 2, 3]
     assert batch["key"] == ["a", "b", "c"]
     assert batch["skipped"] == ["r", "s", "r"]
+
+
+def test_rows_of_a_batch_are_collated_without_a_copy_and_others_with_one() -> None:
+    batch = torch.arange(4 * 5 * 5 * 3, dtype=torch.uint8).view(4, 5, 5, 3).permute(0, 3, 1, 2)
+    rows = list(batch.unbind())
+    whole = collate([{"image": row} for row in rows])["image"]
+    assert torch.equal(whole, batch)
+    assert whole.data_ptr() == batch.data_ptr()
+    for some in (rows[::-1], rows[:3], rows[1:], [rows[0], *rows[2:], rows[1]]):
+        stacked = collate([{"image": row} for row in some])["image"]
+        assert torch.equal(stacked, torch.stack(some))
+        assert stacked.data_ptr() != some[0].data_ptr()
+        assert stacked.permute(0, 2, 3, 1).is_contiguous()

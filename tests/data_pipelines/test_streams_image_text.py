@@ -355,3 +355,39 @@ def test_read_lines(tmp_path: Path) -> None:
     for missing in (tmp_path / "no.txt", tmp_path):
         with pytest.raises(ShardError, match="is not a file: it should hold one name per line"):
             read_lines(missing)
+
+
+@pytest.mark.parametrize(
+    "augmentation",
+    [
+        AugmentationConfig(),
+        AugmentationConfig(recipe="inception"),
+        AugmentationConfig(recipe="inception", brightness=0.4, policy="rand_augment"),
+        AugmentationConfig(rotate=20.0),  # made at twice the size
+    ],
+)
+def test_pictures_are_put_where_the_batch_wants_them(
+    make_shard: Any, picture: Any, encode: Any, tokenize: Any, augmentation: AugmentationConfig
+) -> None:
+    """Without a copy, in the layout of a stack, and never where an earlier batch lies."""
+    fits = encode(Image.new("RGB", (8, 8), (9, 200, 30)), "JPEG")  # needs no resizing
+    broken = picture(5)[:60]
+    data = [picture(0), fits, broken, picture(1), picture(2), broken, picture(3), fits]
+    extensions = ["jpg" if one is fits else "png" for one in data]
+    samples = [
+        (f"{n}", {ext: one, "txt": b"t"})
+        for n, (ext, one) in enumerate(zip(extensions, data, strict=True))
+    ]
+    shards = str(make_shard("0.tar", samples))
+    config = ImageTextConfig(shards=shards, augmentation=augmentation)
+    stream = image_text_stream(config, image_size=8, tokenize=tokenize, seed=1, global_batch=5)
+    batches = list(itertools.islice(stream.batches(), 6))
+    assert sum(len(batch["skipped"]) for batch in batches) > 3
+    for number, batch in enumerate(batches):
+        image = batch["image"]
+        assert image.untyped_storage().nbytes() == image.numel() == 5 * 3 * 8 * 8
+        assert image.permute(0, 2, 3, 1).is_contiguous()
+        for row in range(5):  # each one drawn and decoded on its own
+            stream.dataset.load.decoded._rows.clear()
+            stream.dataset.start_batch = None
+            assert torch.equal(stream.dataset[5 * number + row]["image"], image[row])

@@ -126,13 +126,17 @@ EXPECTED = {
 def test_every_problem_is_found_and_nothing_else(bad_shards: Path, workers: int) -> None:
     validation = check(bad_shards, workers, max_pixels=800_000)
     assert found(validation) == EXPECTED
-    assert {kind for kind, _, _ in EXPECTED} | {"near_duplicate", "unreadable"} == set(KINDS)
+    assert {kind for kind, _, _ in EXPECTED} | {
+        "near_duplicate",
+        "unreadable",
+        "miscounted_shard",
+    } == set(KINDS)
 
 
 def test_cleaned_copy_has_no_problems(bad_shards: Path, tmp_path: Path, picture: Picture) -> None:
     out = tmp_path / "clean"
     validation = check(bad_shards, max_pixels=800_000)
-    assert write_clean_copy(validation, out) == (2, 6)
+    assert write_clean_copy(validation, out) == (2, 6, {})
     assert json.loads((out / "sizes.json").read_text()) == {"a.tar": 5, "cut.tar": 1}
     assert check(out, max_pixels=800_000).findings == []
     reader = ShardReader(index_shards([str(out / "a.tar")]))
@@ -150,7 +154,7 @@ def test_ignored_problems_are_kept(bad_shards: Path, tmp_path: Path) -> None:
     settings: dict[str, Any] = {"ignore": ["duplicate_image", "duplicate_key", "tiny_image"]}
     validation = check(bad_shards, max_pixels=800_000, **settings)
     assert found(validation) == {entry for entry in EXPECTED if entry[0] not in settings["ignore"]}
-    assert write_clean_copy(validation, tmp_path / "clean") == (2, 9)
+    assert write_clean_copy(validation, tmp_path / "clean") == (2, 9, {})
     with pytest.raises(ValueError, match="no problem 'twins'"):
         check(bad_shards, ignore=["twins"])
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 import json
 import os
 import signal
@@ -14,12 +16,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from webdataset import TarWriter
 
 from data_pipelines.emoji.prepare import SOURCE
 from data_pipelines.pack import pack
 from data_pipelines.shard_writer import output_folder
-from data_pipelines.shards import ShardError
-from data_pipelines.tool_config import PackConfig
+from data_pipelines.shards import ShardError, ShardReader, index_shards
+from data_pipelines.tool_config import IMAGE_KEYS, PackConfig
 from scripts.shards import TOOLS, main
 
 ROOT = Path(__file__).parents[2]
@@ -85,6 +88,52 @@ def test_stopped_and_killed_packs_go_on_to_the_same_bytes(folder: Path, tmp_path
     assert files(out) == expected
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_a_stopped_cleaned_copy_has_whole_shards_only_and_is_made_anew(
+    tmp_path: Path, number: int
+) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    for shard in range(60):
+        with TarWriter(str(source / f"{shard:02d}.tar"), encoder=False) as writer:
+            for sample in range(4):
+                pixels = np.random.default_rng([shard, sample]).integers(0, 256, (99, 99, 3), "u1")
+                buffer = io.BytesIO()
+                Image.fromarray(pixels).save(buffer, "PNG")
+                data = b"broken" if sample == shard % 5 else buffer.getvalue()
+                writer.write({"__key__": f"{shard:02d}{sample}", "png": data, "txt": b"text"})
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    assert code_of("validate", str(source), "--clean", str(whole), "--workers", "0") == 1
+    words = ["validate", str(source), "--clean", str(out), "--workers", "2"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "scripts.shards", *words],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        start_new_session=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    while not (out / "01.tar").exists():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.001)
+    os.killpg(process.pid, number)
+    process.communicate(timeout=60)
+    assert process.returncode == (130 if number == signal.SIGINT else -signal.SIGKILL)
+    left, expected = files(out), files(whole)
+    tars = {name: data for name, data in left.items() if name.endswith(".tar")}
+    assert 2 <= len(tars) < 60
+    assert tars.items() <= expected.items()
+    begun = {f".{len(tars):02d}.tar.part"} if number == signal.SIGKILL else set()
+    assert left.keys() - tars.keys() - begun == {"unfinished.json"}
+    (out / "foreign.tar").touch()
+    assert code_of(*words) == 2
+    (out / "foreign.tar").unlink()
+    (source / "00.tar").unlink()  # what the first run wrote of it must go
+    assert code_of(*words) == 1
+    del expected["00.tar"]
+    assert {n: d for n, d in files(out).items() if n != "sizes.json"} == {
+        name: data for name, data in expected.items() if name != "sizes.json"
+    }
+    assert len(json.loads((out / "sizes.json").read_text())) == 59
+
+
 def test_two_packs_do_not_share_a_folder(folder: Path, tmp_path: Path) -> None:
     config = PackConfig(str(folder), str(tmp_path))
     with output_folder(tmp_path), pytest.raises(ShardError, match="another process is writing"):
@@ -131,6 +180,35 @@ def test_problems_are_exit_code_1_and_a_cleaned_copy_has_none(
     assert code_of("validate", str(tmp_path), "--clean", clean, "--workers", "0") == 1
     assert "1 truncated_shard" in capsys.readouterr().out
     assert code_of("validate", clean, "--workers", "0") == 0
+
+
+def test_a_crashing_decoder_is_one_line_with_the_sample(shards: Path) -> None:
+    code = """
+import os, signal, sys
+from data_pipelines import validate
+from scripts.shards import main
+real = validate.decode_rgb
+def crash(data, *rest):
+    if validate.hashlib.sha256(data).hexdigest() == sys.argv[1]:
+        os.kill(os.getpid(), signal.SIGSEGV)
+    return real(data, *rest)
+validate.decode_rgb = crash
+main(["validate", sys.argv[2], "--workers", "2"])
+"""
+    index = index_shards([str(shards / "train-1.tar")])
+    extension = next(ext for ext in index.members if ext in IMAGE_KEYS)
+    data = ShardReader(index).read(5, extension)
+    assert data is not None
+    words = [hashlib.sha256(data).hexdigest(), str(shards / "train-{0..1}.tar")]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *words], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 1, done.stderr
+    # Torch has a line of its own before, with a NUL at its end.
+    message = done.stderr.rpartition("error: ")[2]
+    assert f"it crashed (SIGSEGV) at sample '{index.keys[5]}' of" in message
+    assert message.count("\n") == 1
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,84 @@
+"""Going through torch's loaders so that the death of a loader process is one clear error."""
+
+from __future__ import annotations
+
+import multiprocessing
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from multiprocessing.process import BaseProcess
+from typing import Any
+
+from torch.utils.data import DataLoader
+
+from data_pipelines.errors import LoaderError
+from data_pipelines.waiting import dead_processes
+
+
+def iterate(
+    loader: DataLoader[Any],
+    at: Callable[[int], str | None] = lambda _: None,
+    advice: str = "",
+) -> Iterator[Any]:
+    """What a loader yields.
+
+    Args:
+        loader: of any kind.
+        at: says what the process with an id has been at, where that is known.
+        advice: ends the message about a death.
+
+    Raises:
+        LoaderError: a loader process has died.
+    """
+    # Told by the parent, for a loader may die before it has said anything.
+    others = multiprocessing.active_children()
+    loading = _start(loader)
+    processes = [child for child in multiprocessing.active_children() if child not in others]
+    try:
+        yield from loading
+    except (RuntimeError, ConnectionError, EOFError) as error:
+        known = str(error).startswith("DataLoader worker (pid")
+        if not loader.num_workers or (isinstance(error, RuntimeError) and not known):
+            raise
+        error.__traceback__ = None  # it would keep the other loader processes alive
+        ids = dead_processes(processes)
+        dead = [process for process in processes if process.pid in ids]
+        raise LoaderError("; ".join(_deaths(dead, at)) + advice) from None
+
+
+def _start(loader: DataLoader[Any]) -> Iterator[Any]:
+    """The loader's processes, without torch's signal handler.
+
+    It raises wherever this process is at when a loader dies, in the middle of a training step as
+    well, where nobody expects it. Without it the death is noticed when a batch is waited for,
+    within five seconds.
+    """
+    before = signal.getsignal(signal.SIGCHLD)
+    loading = iter(loader)
+    replaced = signal.getsignal(signal.SIGCHLD) is not before
+    if replaced and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL if before is None else before)
+    return loading
+
+
+def _deaths(dead: list[BaseProcess], at: Callable[[int], str | None]) -> list[str]:
+    if not dead:
+        return ["a loader process has died (pid unknown)"]
+    return [f"a loader process has died (pid {p.pid}): {_cause(p, at(p.pid or 0))}" for p in dead]
+
+
+def _cause(process: BaseProcess, sample: str | None) -> str:
+    """How a process ended, at what, and what to do about it."""
+    code = process.exitcode or 0
+    place = "" if sample is None else f" at {sample}"
+    if code == -signal.SIGKILL:
+        return (
+            f"it was killed{place}, often by the system for lack of memory: use fewer workers or"
+            " more memory"
+        )
+    if code < 0:
+        return (
+            f"it crashed ({signal.Signals(-code).name}){place}, most likely in a decoder: mend or"
+            " blank that picture"
+        )
+    return f"it ended{place} with exit code {code}"
