@@ -89,7 +89,7 @@ class StreamConfig:
     on_bad_sample: Literal["skip", "stop"] = "skip"
     """Skip and count samples that cannot be used, or stop with shard, key and reason."""
     max_skipped: float = 0.5
-    """Share of skipped samples above which a run stops, after the first thousand samples; 1 never
+    """Share of skipped samples above which a run stops, after the first hundred samples; 1 never
     does."""
     report_wait: float = 60.0
     """Seconds without a batch after which a line says what is waited for, and again each time."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import signal
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -27,12 +27,12 @@ from data_pipelines.sample_index import SampleIndex
 from data_pipelines.shard_index import ShardIndex
 from data_pipelines.shard_reader import PREFETCHED, ShardReader
 from data_pipelines.shards import describe_skips
-from data_pipelines.waiting import Board, Watch
+from data_pipelines.waiting import Board, Watch, say
 
 Batch = dict[str, Any]
 ATTEMPTS = 64
 RESUME = "; --resume auto goes on from the last checkpoint"
-SETTLED = 1000  # samples after which the share of skipped ones says something
+SETTLED = 100  # samples after which the share of skipped ones says something
 
 __all__ = ["ATTEMPTS", "SampleOrder", "SkipSample", "Stream", "StreamDataset", "collate"]
 
@@ -261,6 +261,8 @@ class Stream:
                 with watch.waiting():
                     batch = next(batches)
                 seen += self.global_batch // self.world
+                if self.rank == 0:
+                    _say_new(batch["skipped"], skipped)
                 skipped.update(batch["skipped"])
                 check_skipped(seen, skipped, self.config.max_skipped)
                 yield batch
@@ -279,6 +281,13 @@ def _check_config(config: StreamConfig) -> None:
     for name, (value, fits, range_) in limits.items():
         if not fits:
             raise ValueError(f"data.{name} must be {range_}, got {value}")
+
+
+def _say_new(reasons: Iterable[str], known: Container[str]) -> None:
+    """A line for every reason that is met for the first time."""
+    for reason in dict.fromkeys(reasons):
+        if reason not in known:
+            say(f"warning: a sample is skipped: {reason} (said once; metrics.jsonl counts them)")
 
 
 def check_skipped(seen: int, skipped: Counter[str], limit: float) -> None:

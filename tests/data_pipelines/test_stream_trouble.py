@@ -163,7 +163,9 @@ def bad_half(sample: int) -> dict[str, Any]:
     return {"sample": torch.tensor(sample)}
 
 
-def test_too_large_a_share_of_skipped_samples_stops_the_run() -> None:
+def test_too_large_a_share_of_skipped_samples_stops_the_run(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     def run(limit: float, steps: int) -> None:
         config = StreamConfig(max_skipped=limit)
         stream = stream_of([400], global_batch=20, config=config)
@@ -177,8 +179,10 @@ def test_too_large_a_share_of_skipped_samples_stops_the_run() -> None:
     message = str(caught.value)
     assert "odd one; that is more than data.max_skipped 0.3 allows" in message
     tried = int(message.split()[1])
-    assert 1000 <= tried < 1100
-    run(0.3, 20)  # too few to tell
+    assert 100 <= tried < 200
+    run(0.3, 2)  # too few to tell
+    told = [line for line in capsys.readouterr().err.splitlines() if "odd one" in line]
+    assert len(told) == 3  # once a run
 
 
 @pytest.mark.parametrize("workers", [0, 2])
