@@ -118,6 +118,9 @@ def _missing_message(source: str, name: str) -> str:
     if not folder.is_dir():
         return f"no shard matches '{source}': the folder '{folder}' does not exist"
     tars = len(list(folder.glob("*.tar")))
+    if not tars:
+        last = Path(name).name
+        return f"no shard matches '{source}': '{folder}' has neither '{last}' nor .tar files"
     return f"no shard matches '{source}': '{folder}' holds {tars} .tar files, but not '{name}'"
 
 

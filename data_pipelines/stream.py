@@ -119,6 +119,7 @@ class StreamDataset(Dataset[dict[str, Any]]):
         raise ShardError(
             f"{len(skipped)} samples in a row cannot be used: "
             + ", ".join(f"{reason} ({count})" for reason, count in reasons)
+            + "; data.on_bad_sample stop names the first"
         )
 
 
