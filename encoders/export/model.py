@@ -75,7 +75,7 @@ class ImageModel:
         model: with or without a classifier.
         name: of the timm model.
         arguments: of its constructor, without the number of classes.
-        preprocess: mean, std, interpolation, resize_mode.
+        preprocess: mean, std, interpolation, resize_mode, and crop_pct where a part is cut out.
         image_size: pixels per side.
         classes: names of the classes in order; empty if they are not known or there are none.
     """

@@ -13,10 +13,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
 from accelerate.state import AcceleratorState
 from PIL import Image
 from safetensors.torch import save_file
+from timm.models import save_for_hf
 from torch import Tensor
 from transformers import BertConfig, BertTokenizerFast
 
@@ -78,6 +80,9 @@ def bert_checkpoint(folder: Path) -> Path:
         vocab_size=len(WORDS), hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
         intermediate_size=32, max_position_embeddings=12,
     ).save_pretrained(bert)  # fmt: skip
+    described = json.loads((bert / "config.json").read_text())
+    del described["pad_token_id"]  # as many on the hub, which leave out what is usual
+    (bert / "config.json").write_text(json.dumps(described))
     text = hugging_face_text_config(bert, 8, pretrained=False)
     checkpoint(folder, text, {})
     build_tokenizer(text).save_pretrained(folder)
@@ -130,7 +135,7 @@ def expectations(model: Any, tokenizer: Any, files: list[Path], folder: Path) ->
 TARGETS = {
     "clip": ("open_clip", "timm", "transformers"),
     "sigmoid": ("timm", "transformers", "sentence-transformers"),
-    "bert": ("open_clip", "transformers"),
+    "bert": ("open_clip", "transformers", "sentence-transformers", "onnx"),
 }
 
 
@@ -156,6 +161,14 @@ def exports(make_once: Callable[..., Path], shards: Path) -> Path:
         shutil.copytree(run / "checkpoints" / "step_00000002", folder / "clip" / "source")
         sigmoid_checkpoint(folder / "sigmoid" / "source")
         bert_checkpoint(folder / "bert" / "source")
+        classifier: Any = timm.create_model(TEST, num_classes=4)
+        save_for_hf(classifier, folder / "classifier" / "source", safe_serialization=True)
+        pixels = {"pixels": torch.randn(2, 3, 64, 64)}
+        with torch.no_grad():
+            pixels["logits"] = classifier.eval()(pixels["pixels"])
+        save_file(pixels, folder / "classifier" / "source" / "expected")
+        place = folder / "classifier"
+        export.main([str(place / "source"), "--to=timm", f"--out={place / 'timm'}"])
         for name, targets in TARGETS.items():
             place = folder / name / "source"
             opened = open_model(str(place))

@@ -16,6 +16,7 @@ import yaml
 from timm.models import save_for_hf
 from transformers import AutoModelForImageClassification
 
+from encoders.export.model_card import Card, RunFacts, card_text
 from scripts import evaluate, export, pretrain
 
 TEST = "soft_moe_vit_test_patch16_64"
@@ -64,6 +65,21 @@ def test_the_card_tells_what_the_run_knows(exports: Path, tmp_path: Path) -> Non
     assert "step 4" not in body
 
 
+def test_cards_keep_what_lets_one_into_a_store_to_themselves() -> None:
+    address = "https://me:pass@data.example/{00..09}.tar?X-Signature=abc&x=1"
+    card = Card(
+        title="t", target="timm", licence=None, code="", model={}, routers={},
+        run=RunFacts(
+            data=f"{address} (24 samples)", settings={"data": {"shards": [address]}},
+            command=["python", "-m", "scripts.train_contrastive", f"--data.shards={address}"],
+        ),
+    )  # fmt: skip
+    text = card_text(card)
+    assert text.count("https://data.example/{00..09}.tar?...") == 3
+    assert not any(secret in text for secret in ("me:p", "pass@", "abc", "X-Sig"))
+    assert "'--data.shards=https://data.example/{00..09}.tar?...'" in text  # as a shell wants it
+
+
 def test_the_card_takes_intervals_from_the_evaluation_of_the_same_checkpoint(
     exports: Path, tmp_path: Path
 ) -> None:
@@ -84,6 +100,27 @@ def test_the_card_takes_intervals_from_the_evaluation_of_the_same_checkpoint(
     record.write_text(json.dumps([measured | {"pretrained": "run/checkpoints/step_00000001"}]))
     export.main([str(checkpoint), f"--out={tmp_path}/other"])
     assert "own/text_retrieval" not in (tmp_path / "other" / "README.md").read_text()
+
+
+def test_an_export_in_the_run_directory_is_no_checkpoint(exports: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(exports / "clip" / "run", run)
+    first = run / "exports" / "open_clip"
+    export.main([str(run), f"--out={first}"])
+    export.main([str(first), "--to=timm", f"--out={tmp_path}/out"])
+    assert "Nothing is known of the run." in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_models_of_timm_keep_their_own_way_to_cut_pictures(tmp_path: Path) -> None:
+    model: Any = timm.create_model("test_vit", num_classes=2)
+    save_for_hf(model, tmp_path / "source", safe_serialization=True)
+    export.main([str(tmp_path / "source"), "--to=timm", f"--out={tmp_path}/out"])
+    found, expected = (
+        timm.data.resolve_model_data_config(timm.create_model(f"local-dir:{tmp_path / name}"))
+        for name in ("out", "source")
+    )
+    assert found == expected
+    assert found["crop_pct"] == 0.95
 
 
 def test_nobody_guesses_a_licence(
@@ -143,6 +180,7 @@ def test_what_cannot_be_exported_is_refused_in_one_line(
         ([tmp_path / "none", out], "is no folder"),
         ([exports, out], "holds neither open_clip_config.json nor config.json"),
         ([broken, out], "is damaged: state.json is missing"),
+        ([broken / "checkpoints" / "step_00000002", out], "is damaged: state.json is missing"),
         ([sigmoid, out], "choose --to transformers"),
         ([classifier, out], "choose --to timm"),
         ([clip, out, "--to=tensorflow"], "tensorflow"),
