@@ -32,13 +32,31 @@ from scripts import export, train_contrastive
 ROOT = Path(__file__).parents[2]
 TEST = "soft_moe_vit_test_patch16_64"
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "red", "green", "blue", "square"]
+WORDS += [
+    "it",
+    "s",
+    "'",
+    '"',
+    "&",
+    "<",
+    ">",
+    "!",
+    "?",
+    ",",
+    "photo",
+    "of",
+    "salt",
+    "pepper",
+    "very",
+]
 TEXTS = [
     "a red square",
     "Green & <blue>!?",
     "it\u2019s \u201ca\u201d photo of 12 dogs,  isn't it",
     "",
+    "salt &amp;  pepper &quot;of&quot; a\u00a0photo &lt;square&gt; ",
 ]
-TEXTS += [f"{'very ' * count}long caption number {count}" for count in range(46)]
+TEXTS += [f"{'very ' * count}long caption number {count}" for count in range(45)]
 
 
 def checkpoint(folder: Path, text: dict[str, Any], arguments: dict[str, Any], **more: Any) -> Path:
