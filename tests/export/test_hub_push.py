@@ -5,20 +5,26 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import open_clip
 import pytest
 import torch
 from huggingface_hub import constants
 from safetensors.torch import load_file
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
 
+from contrastive.config import ContrastiveConfig, ImageTowerConfig, TextTowerConfig
+from contrastive.dual_encoder import build_dual_encoder, model_config
+from contrastive.initial_weights import initialise_towers
 from scripts import export
 from tests.conftest import ROOT
+from training.checkpoint import CheckpointError
 
 
 class Running(NamedTuple):
@@ -157,3 +163,41 @@ def test_a_dry_run_lists_what_would_be_pushed(
     listed = {line.split()[-1]: line.split()[0].replace(",", "") for line in lines[start:]}
     assert listed == {path.name: str(path.stat().st_size) for path in (tmp_path / "out").iterdir()}
     assert set(listed) == {"README.md", "config.json", "model.safetensors"}
+
+
+def test_towers_start_from_a_name_of_the_hub_with_all_that_describes_them(hub: Running) -> None:
+    """transformers' CLIP in several files, with pixels that the timm model does not have."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    vision = {**sizes, "intermediate_size": 128, "image_size": 32, "patch_size": 16}
+    theirs = CLIPModel(CLIPConfig(vision_config=vision, projection_dim=8, text_config=sizes))
+    folder = hub.folder / "lab" / "clip"
+    theirs.save_pretrained(folder, max_shard_size="1MB")
+    assert len(list(folder.glob("model-*.safetensors"))) > 1
+    (folder / ".asked").write_text('{"visibility": "public"}')
+    arguments = {"img_size": 32, "patch_size": 16, "embed_dim": 32, "depth": 2, "num_heads": 2}
+    image = ImageTowerConfig(
+        "vit_base_patch32_clip_quickgelu_224", arguments, init_from="hf-hub:lab/clip",
+        pooling="token",
+    )  # fmt: skip
+    text = TextTowerConfig(width=16, heads=2, layers=1, context_length=8)
+    config = model_config(image, text, ContrastiveConfig(embed_dim=8))
+    model: Any = build_dual_encoder(config)
+    line, _ = initialise_towers(model, image, text, config)
+    assert "random" not in line
+    pixels = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        expected = theirs.eval().get_image_features(pixel_values=pixels).pooler_output
+        assert torch.allclose(model.eval().encode_image(pixels), expected, atol=1e-4)
+
+    there = hub.folder / "lab" / "other"
+    shutil.copytree(folder, there)
+    CLIPImageProcessor(image_mean=[0.5] * 3, image_std=[0.5] * 3).save_pretrained(there)
+    image.init_from = "hf-hub:lab/other"
+    with pytest.raises(CheckpointError, match="was trained with pixel mean"):
+        initialise_towers(model, image, text, config)
+    shutil.rmtree(there)
+    shutil.copytree(folder, hub.folder / "lab" / "part")
+    next((hub.folder / "lab" / "part").glob("model-*.safetensors")).unlink()
+    image.init_from = "hf-hub:lab/part"
+    with pytest.raises(CheckpointError, match="which is not beside it"):
+        initialise_towers(model, image, text, config)
