@@ -137,7 +137,8 @@ def _arguments(arguments: Mapping[str, Any] | None, name: str) -> dict[str, Any]
     size = plain.get("img_size")
     if isinstance(size, list) and len(set(size)) == 1:
         plain["img_size"] = size[0]
-    usual = {"img_size": input_size(name), "in_chans": 3}
+    # Where the norm stands shows in its name.
+    usual = {"img_size": input_size(name), "in_chans": 3, "fc_norm": False}
     return {key: value for key, value in plain.items() if (key, value) not in usual.items()}
 
 

@@ -14,9 +14,15 @@ import timm
 import torch
 import yaml
 from timm.models import save_for_hf
-from transformers import AutoModelForImageClassification
+from transformers import AutoModel, AutoModelForImageClassification
 
+from contrastive.config import ImageTowerConfig
+from contrastive.initial_weights import load_image_tower
+from encoders.clip_model import build_clip, vision_config
+from encoders.export.model import DualEncoder, image_tower
 from encoders.export.model_card import Card, RunFacts, card_text
+from encoders.export.timm_folder import write_timm
+from encoders.text_towers import open_clip_text_config
 from scripts import evaluate, export, pretrain
 
 TEST = "soft_moe_vit_test_patch16_64"
@@ -109,6 +115,33 @@ def test_an_export_in_the_run_directory_is_no_checkpoint(exports: Path, tmp_path
     export.main([str(run), f"--out={first}"])
     export.main([str(first), "--to=timm", f"--out={tmp_path}/out"])
     assert "Nothing is known of the run." in (tmp_path / "out" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("name", "pooling"),
+    [("test_vit", "avg"), ("test_vit", "token"), ("test_convnext", "avg")],
+)
+def test_towers_of_timm_are_pooled_as_they_were_trained(
+    tmp_path: Path, name: str, pooling: Any
+) -> None:
+    text = open_clip_text_config(16, 2, 1, 8)
+    config = {"embed_dim": 8, "vision_cfg": vision_config(name, {}, pooling=pooling)}
+    model: Any = build_clip(config | {"text_cfg": text}).eval()
+    pixels = {"mean": [0.5] * 3, "std": [0.5] * 3}
+    preprocess = pixels | {"interpolation": "bicubic", "resize_mode": "squash"}
+    encoder = DualEncoder(model, config | {"text_cfg": text}, preprocess, 160, None)
+    write_timm(image_tower(encoder), tmp_path)
+    images = torch.randn(2, 3, 160, 160)
+    opened: Any = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    wrapped = AutoModel.from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        expected = model.visual.trunk(images)
+        assert torch.equal(opened(images), expected)
+        assert torch.equal(wrapped(pixel_values=images).pooler_output, expected)
+    image = ImageTowerConfig(name, init_from=str(tmp_path), pooling=pooling)
+    report = load_image_tower(model, image, config)  # and back again
+    assert report is not None
+    assert report.fresh == ("head.proj.weight",)
 
 
 def test_models_of_timm_keep_their_own_way_to_cut_pictures(tmp_path: Path) -> None:
