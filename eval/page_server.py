@@ -6,6 +6,7 @@ import json
 import os
 import socket
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -150,13 +151,18 @@ class Guard:
 
 def make_room(folder: Path, limit: int) -> None:
     """Remove the oldest files in a folder, at any depth, until they are at most `limit` bytes."""
-    found = [(path, path.stat()) for path in folder.rglob("*") if path.is_file()]
-    total = sum(known.st_size for _, known in found)
-    for path, known in sorted(found, key=lambda pair: pair[1].st_mtime_ns):
+    found = []
+    for place, _, names in os.walk(folder):
+        for path in (Path(place, name) for name in names):
+            with suppress(OSError):  # gradio removes files, too
+                known = path.stat()
+                found.append((known.st_mtime_ns, path, known.st_size))
+    total = sum(size for _, _, size in found)
+    for _, path, size in sorted(found):
         if total <= limit:
             return
         path.unlink(missing_ok=True)
-        total -= known.st_size
+        total -= size
 
 
 async def _read_body(receive: Any) -> bytes | None:
