@@ -355,6 +355,17 @@ def test_what_to_install_for_the_page(
     assert "pip install 'softmoe-clip[app]'" in refusal(capsys, str(run))
 
 
+@pytest.mark.parametrize(
+    ("share", "shown"),
+    [
+        (1.0, "100.0 %"), (0.0005, "0.1 %"), (0.00049, "0.05 %"), (4.5e-5, "0.005 %"),
+        (1.1e-8, "0.000001 %"), (9e-9, "< 0.000001 %"), (0.0, "< 0.000001 %"),
+    ],
+)  # fmt: skip
+def test_small_shares_are_told_apart(share: float, shown: str) -> None:
+    assert percent(share) == shown
+
+
 def test_help_is_short_of_heavy_imports(run_python: RunPython) -> None:
     code = (
         "import sys\nfrom scripts.app import main\n"
