@@ -35,7 +35,7 @@ class _AfterTimm(MetaPathFinder):
     ) -> ModuleSpec | None:
         if name != "timm":
             return None
-        others = [finder for finder in sys.meta_path if finder is not self]
+        others = [f for f in sys.meta_path if f is not self and hasattr(f, "find_spec")]
         specs = (finder.find_spec(name, path, target) for finder in others)
         spec = next((found for found in specs if found is not None), None)
         if spec is not None and spec.loader is not None:  # it may never be imported, though

@@ -20,8 +20,9 @@ PIPELINES = {
     "sentence-transformers": "sentence-similarity",
     "onnx": "zero-shot-image-classification",
 }
-# An address with what lets one in: a name and password before the host, a signature behind.
-ADDRESS = re.compile(r"(\w+://)(?:[^\s/@'\"]+@)?([^\s?'\"]*)(\?[^\s'\"]*)?")
+# What lets one in: a name and password before the host of an address, a signature behind it.
+PASSWORD = re.compile(r"(?<=://)[^\s/@'\"]+@")
+QUERY = re.compile(r"(https?://[^\s?'\"]*)\?[^\s'\"]+")
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,7 @@ def card_text(card: Card) -> str:
 
 def without_secrets(text: str) -> str:
     """The text without names, passwords and queries in its addresses: cards are published."""
-    return ADDRESS.sub(lambda found: found[1] + found[2] + ("?..." if found[3] else ""), text)
+    return QUERY.sub(r"\1?...", PASSWORD.sub("", text))
 
 
 def _routers(routers: Mapping[str, str]) -> str:

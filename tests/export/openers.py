@@ -6,6 +6,8 @@ A program: `with_package.py` and `without_package.py` run it in fresh processes.
 from __future__ import annotations
 
 import json
+import re
+import shutil
 import socket
 import sys
 from pathlib import Path
@@ -171,6 +173,15 @@ def from_timm_classifier(folder: Path, tensors: dict[str, Any]) -> float:
     with torch.no_grad():
         answers = opened(tensors["pixels"]), wrapped(pixel_values=tensors["pixels"]).logits
     return max((answer - tensors["logits"]).abs().max().item() for answer in answers)
+
+
+def run_card(folder: Path) -> list[str]:
+    """Names that the code on a model card leaves; it looks for picture.png where it is run."""
+    shutil.copy(folder.parents[1] / "picture0.png", "picture.png")
+    (code,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
+    found: dict[str, Any] = {}
+    exec(compile(code, str(folder), "exec"), found)
+    return sorted(name for name in found if not name.startswith("_"))
 
 
 def tell(report: dict[str, Any]) -> None:

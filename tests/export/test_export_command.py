@@ -20,7 +20,7 @@ from contrastive.config import ImageTowerConfig
 from contrastive.initial_weights import load_image_tower
 from encoders.clip_model import build_clip, vision_config
 from encoders.export.model import DualEncoder, image_tower
-from encoders.export.model_card import Card, RunFacts, card_text
+from encoders.export.model_card import Card, RunFacts, card_text, without_secrets
 from encoders.export.timm_folder import write_timm
 from encoders.text_towers import open_clip_text_config
 from scripts import evaluate, export, pretrain
@@ -83,6 +83,7 @@ def test_cards_keep_what_lets_one_into_a_store_to_themselves() -> None:
     text = card_text(card)
     assert text.count("https://data.example/{00..09}.tar?...") == 3
     assert not any(secret in text for secret in ("me:p", "pass@", "abc", "X-Sig"))
+    assert without_secrets("s3://me:pass@store/a-00??.tar") == "s3://store/a-00??.tar"
     assert "'--data.shards=https://data.example/{00..09}.tar?...'" in text  # as a shell wants it
 
 

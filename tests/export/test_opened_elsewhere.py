@@ -62,6 +62,8 @@ def test_the_installed_wheel_opens_all_of_them(installed: dict[str, Any], wheel:
     check_vectors(installed)
     assert installed["classifier timm"] <= EQUAL
     assert not installed["remote code"]
+    assert {"model", "preprocess", "tokenizer"} <= set(installed["cards"]["open_clip"])
+    assert {"model", "transform"} <= set(installed["cards"]["timm"])
     assert "not supported" not in installed["stderr"]
 
 
@@ -70,3 +72,6 @@ def test_folders_for_transformers_bring_their_own_code(alone: dict[str, Any]) ->
     for name in ("clip", "sigmoid", "bert"):
         check_transformers(alone[f"{name} transformers"])
     check_vectors(alone)
+    results = {"transformers": "classify", "sentence-transformers": "similarity", "onnx": "text"}
+    for target, result in results.items():
+        assert result in alone["cards"][target]

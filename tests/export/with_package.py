@@ -14,6 +14,7 @@ from openers import (
     from_timm_classifier,
     from_transformers,
     leave,
+    run_card,
     tell,
 )
 
@@ -42,4 +43,6 @@ report["bert onnx"] = from_onnx(folders["bert"] / "onnx", expected["bert"])
 logits = load_file(exports / "classifier" / "source" / "expected")
 report["classifier timm"] = from_timm_classifier(exports / "classifier" / "timm", logits)
 report["remote code"] = any(name.startswith("transformers_modules") for name in sys.modules)
+cards = (("bert", "open_clip"), ("sigmoid", "timm"))
+report["cards"] = {target: run_card(exports / name / target) for name, target in cards}
 tell(report)

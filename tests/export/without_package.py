@@ -12,6 +12,7 @@ from openers import (
     from_sentence_transformers,
     from_transformers,
     leave,
+    run_card,
     tell,
 )
 
@@ -28,5 +29,7 @@ for name in ("sigmoid", "bert"):
         place, expected, trust_remote_code=True
     )
 report["bert onnx"] = from_onnx(exports / "bert" / "onnx", Expected(exports / "bert"))
+cards = (("sigmoid", "transformers"), ("bert", "sentence-transformers"), ("bert", "onnx"))
+report["cards"] = {target: run_card(exports / name / target) for name, target in cards}
 report["ours"] = [name for name in sys.modules if name.partition(".")[0] in ours]
 tell(report)
