@@ -16,15 +16,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from contrastive.config import ImageTowerConfig, TextTowerConfig
-from contrastive.weight_sources import (
-    Source,
+from contrastive.weight_checks import (
     check_hidden,
     check_image_description,
     check_pixels,
     check_text_description,
-    image_source,
-    text_source,
 )
+from contrastive.weight_sources import Source, image_source, text_source
 from encoders.hugging_face_text import read_pretrained_text, text_model_folder
 from training.checkpoint import CheckpointError
 

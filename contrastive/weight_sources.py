@@ -1,30 +1,22 @@
-"""Where initial weights of a tower come from, and whether they belong to the model that is built.
-
-Weights of another activation, router or number of heads can fit by name and shape and still be
-another function, so descriptions are compared wherever a source has one.
-"""
+"""Where initial weights of a tower come from; `contrastive.weight_checks` says whether they fit."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-import torch
-from open_clip.model import CLIPTextCfg, convert_to_custom_text_state_dict
+from open_clip.model import convert_to_custom_text_state_dict
 from torch import Tensor
 from transformers import AutoConfig
-from transformers.activations import ACT2FN
 
 from contrastive.transformers_names import image_names, text_names
 from encoders.clip_model import ARGUMENTS, DESCRIBED
 from encoders.hub import HUB_PREFIX, hub_folder
-from encoders.hugging_face_text import TEXT_FOLDER, text_model_folder
-from encoders.variants import input_size
+from encoders.hugging_face_text import TEXT_FOLDER
 from training.checkpoint import CheckpointError, load_tensors, newest_checkpoint
 
 # Where a dual encoder exported for transformers keeps its description.
@@ -35,21 +27,11 @@ TEXT_TYPES = ("clip", "clip_text_model", "soft_moe_clip", "soft_moe_siglip")
 LOCAL_PREFIX = "local-dir:"
 PIXELS = "pixels"  # where a description of ours keeps mean and std
 CLIP_FILE, TIMM_FILE = "open_clip_config.json", "config.json"
+PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 CLIP_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors")
 TIMM_WEIGHTS = ("model.safetensors",)
-# Of a text config: what shapes show, and what the weights do not depend on.
-NOT_COMPARED = {
-    "context_length", "hf_model_name", "hf_model_pretrained", "hf_proj_type", "hf_tokenizer_name",
-    "layers", "mlp_ratio", "output_tokens", "tokenizer_kwargs", "vocab_size", "width",
-}  # fmt: skip
-# Settings by what they are called in a text config; towers differ in nothing else.
-SETTINGS = {
-    "bag_of_words": "text.kind",
-    "causal_soft_moe": "text.moe_blocks and its sizes",
-    "heads": "text.heads",
-    "hf_pooler_type": "text.pooling",
-    "quick_gelu": "text.quick_gelu",
-}
+INDEX = "model.safetensors.index.json"  # of weights in several files, which transformers writes
+SEVERAL = "model-*.safetensors"
 # Of the config of a Hugging Face model: what shapes do not show.
 HIDDEN = ("hidden_act", "model_type", "num_attention_heads", "num_heads", "position_embedding_type")
 
@@ -92,7 +74,7 @@ def image_source(source: str, setting: str = "image.init_from") -> Source:
             )
         tensors = load_tensors(_weights(path, CLIP_WEIGHTS))
         return Source(str(path), _inside(tensors, "visual."), True, description)
-    tensors = load_tensors(path if path.is_file() else _weights(path, TIMM_WEIGHTS))
+    tensors = load_tensors(path) if path.is_file() else _read_weights(path)
     settings = _read_transformers(path)
     if any(name.startswith("visual.") for name in tensors):  # a file of a dual encoder's weights
         vision = settings.get(MODEL_CONFIG, {}).get("vision_cfg", {})
@@ -131,12 +113,12 @@ def text_source(source: str) -> Source:
     # Old versions of transformers kept them.
     tower.pop("transformer.embeddings.position_ids", None)
     config = _read_model_config(path) if described else {}
-    return Source(str(path), tower, True, config, _hidden(path / TEXT_FOLDER))
+    return Source(str(path), tower, True, config, read_hidden(path / TEXT_FOLDER))
 
 
 def _transformers_text_source(path: Path, settings: Mapping[str, Any]) -> Source:
     """The text tower of transformers' CLIP, or of a dual encoder exported for transformers."""
-    tensors = load_tensors(_weights(path, TIMM_WEIGHTS))
+    tensors = _read_weights(path)
     converted = text_names(tensors, settings)
     if converted is None:
         found, described = _inside(tensors, "text."), settings[MODEL_CONFIG]
@@ -145,71 +127,15 @@ def _transformers_text_source(path: Path, settings: Mapping[str, Any]) -> Source
     return Source(str(path), found, True, described, settings.get("text_model") or {})
 
 
-def check_image_description(source: Source, vision: Mapping[str, Any]) -> None:
-    """Raise CheckpointError unless the weights belong to the model of `vision`, a `vision_cfg`."""
-    if not source.description:
-        return
-    _check_pool(source, vision)
-    theirs, ours = source.description.get("timm_model_name"), vision["timm_model_name"]
-    if theirs is None:  # of transformers, which has no timm names
-        return
-    if theirs.partition(".")[0] != ours.partition(".")[0]:
-        raise CheckpointError(
-            f"image.init_from: '{source.name}' is a {theirs}: set image.name to it, not to {ours}"
-        )
-    needed, given = (
-        _arguments(config.get(ARGUMENTS), ours) for config in (source.description, vision)
-    )
-    if given != needed:
-        raise CheckpointError(
-            f"image.init_from: '{source.name}' was trained with arguments {json.dumps(needed)},"
-            f" image.arguments is {json.dumps(given)}: write --image.arguments"
-            f" '{json.dumps(needed)}'"
-        )
-
-
-def _check_pool(source: Source, vision: Mapping[str, Any]) -> None:
-    pool = source.description.get("timm_pool", vision["timm_pool"])
-    if pool != vision["timm_pool"]:
-        raise CheckpointError(
-            f"image.init_from: '{source.name}' pools its tokens by '{pool}', the tower here by"
-            f" '{vision['timm_pool']}': set image.pooling accordingly, or choose other weights"
-        )
-
-
-def check_text_description(source: Source, config: Mapping[str, Any]) -> None:
-    """Raise CheckpointError unless the weights belong to the text tower of `config`."""
-    if not source.description:
-        return
-    theirs, ours = source.description["text_cfg"], config["text_cfg"]
-    kinds = ["hugging_face" if "hf_model_name" in text else "open_clip" for text in (theirs, ours)]
-    if kinds[0] != kinds[1]:
-        raise CheckpointError(
-            f"text.init_from: the text tower of '{source.name}' is of text.kind {kinds[0]}, not"
-            f" {kinds[1]}: set text.kind to it"
-        )
-    found, built = _visible(source.description), _visible(config)
-    if kinds[1] == "hugging_face":
-        own = _hidden(text_model_folder(ours["hf_model_name"]))
-        found |= {name: value for name, value in source.hidden.items() if name in own}
-        built |= {name: value for name, value in own.items() if name in source.hidden}
-    for name in sorted(found.keys() | built.keys()):
-        if found.get(name) != built.get(name):
-            setting = SETTINGS.get(name)
-            remedy = "choose other weights" if setting is None else f"set {setting} accordingly"
-            raise CheckpointError(
-                f"text.init_from: '{source.name}' has {name} {json.dumps(found.get(name))}, the"
-                f" tower here {json.dumps(built.get(name))}: {remedy}"
-            )
-
-
 def _resolve(source: str, setting: str) -> Path:
     """The folder or file that holds the weights."""
     if source.startswith(HUB_PREFIX):
         name = source.removeprefix(HUB_PREFIX)
-        described = hub_folder(name, (CLIP_FILE, TIMM_FILE))
-        weights = CLIP_WEIGHTS if (described / CLIP_FILE).is_file() else TIMM_WEIGHTS
-        return hub_folder(name, (CLIP_FILE, TIMM_FILE, *weights))
+        told = (CLIP_FILE, TIMM_FILE, *PROCESSORS, f"{TEXT_FOLDER}/config.json")
+        described = hub_folder(name, told)
+        several = (*TIMM_WEIGHTS, INDEX, SEVERAL)
+        weights = CLIP_WEIGHTS if (described / CLIP_FILE).is_file() else several
+        return hub_folder(name, (*told, *weights))
     path = Path(source.removeprefix(LOCAL_PREFIX))
     if (path / "checkpoints").is_dir():
         newest, _ = newest_checkpoint(path / "checkpoints")
@@ -229,9 +155,21 @@ def _weights(folder: Path, names: tuple[str, ...]) -> Path:
         if (folder / name).is_file():
             return folder / name
     raise CheckpointError(
-        f"'{folder}' has no {names[0]}; weights are read from safetensors only, for other formats"
+        f"'{folder}' has no {names[0]}; only safetensors are read, because loading other formats"
         " can run code"
     )
+
+
+def _read_weights(folder: Path) -> dict[str, Tensor]:
+    """The tensors that timm or transformers has written, from one file or from several."""
+    if not (folder / INDEX).is_file():
+        return load_tensors(_weights(folder, TIMM_WEIGHTS))
+    tensors: dict[str, Tensor] = {}
+    for name in sorted(set(_read_json(folder / INDEX).get("weight_map", {}).values())):
+        if not fnmatch(name, SEVERAL) or "/" in name or not (folder / name).is_file():
+            raise CheckpointError(f"'{folder / INDEX}' names '{name}', which is not beside it")
+        tensors |= load_tensors(folder / name)
+    return tensors
 
 
 def _read_model_config(folder: Path) -> dict[str, Any]:
@@ -255,32 +193,13 @@ def _read_transformers(path: Path) -> dict[str, Any]:
 
 def _read_processor(path: Path) -> dict[str, list[float]]:
     """Mean and deviation of the pixels from the files of a processor, as far as they are told."""
-    for name, part in (("preprocessor_config.json", None), ("processor_config.json", "image")):
+    for name in PROCESSORS:
         if (path / name).is_file():
             content = _read_json(path / name)
-            content = content if part is None else content.get("image_processor") or {}
+            content = content.get("image_processor") or content
             named = {"mean": content.get("image_mean"), "std": content.get("image_std")}
             return _pixels(named)
     return {}
-
-
-def check_hidden(source: Source, trunk: Any) -> None:
-    """Raise CheckpointError for weights of another number of heads or another activation than a
-    timm transformer has, which fit all the same."""
-    blocks = getattr(trunk, "blocks", None)
-    if not source.hidden or not blocks:
-        return
-    block: Any = blocks[0]
-    probe = torch.linspace(-3, 3, 13)
-    activation = getattr(block.mlp, "act", None)
-    heads, name = block.attn.num_heads, source.hidden["hidden_act"]
-    same = activation is None or torch.allclose(activation(probe), ACT2FN[name](probe), atol=1e-6)
-    if heads != source.hidden["num_attention_heads"] or not same:
-        raise CheckpointError(
-            f"image.init_from: '{source.name}' has {json.dumps(source.hidden)}, the model here"
-            f" {heads} heads and {type(activation).__name__}: choose the timm model of these"
-            " weights, or set act_layer among image.arguments (quick_gelu, gelu, gelu_tanh)"
-        )
 
 
 def _read_timm_description(path: Path) -> dict[str, Any]:
@@ -306,23 +225,6 @@ def _pixels(settings: Mapping[str, Any]) -> dict[str, list[float]]:
     return {name: list(settings[name]) for name in ("mean", "std") if settings.get(name)}
 
 
-def check_pixels(
-    source: Source, settings: Mapping[str, Any], setting: str = "image.init_from"
-) -> None:
-    """Raise CheckpointError for weights that were trained on pixels of another normalisation.
-
-    Args:
-        settings: with the `mean` and `std` of the tower.
-        setting: what the message calls the source.
-    """
-    for name, needed in source.description.get(PIXELS, {}).items():
-        if not all(map(math.isclose, needed, settings[name])):
-            raise CheckpointError(
-                f"{setting}: '{source.name}' was trained with pixel {name} {needed}, the"
-                f" model here has {list(settings[name])}: choose a model and weights that agree"
-            )
-
-
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
@@ -338,28 +240,8 @@ def _inside(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     }
 
 
-def _arguments(arguments: Mapping[str, Any] | None, name: str) -> dict[str, Any]:
-    """As they come back from JSON, without those that timm notes but that change nothing."""
-    plain = json.loads(json.dumps(dict(arguments or {})))
-    size = plain.get("img_size")
-    if isinstance(size, list) and len(set(size)) == 1:
-        plain["img_size"] = size[0]
-    usual = {"img_size": input_size(name), "in_chans": 3}
-    return {key: value for key, value in plain.items() if (key, value) not in usual.items()}
-
-
-def _visible(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What the function of a text tower depends on besides its weights."""
-    text = config["text_cfg"]
-    defaults = {item.name: item.default for item in dataclasses.fields(CLIPTextCfg)}
-    seen = {n: v for n, v in (defaults | dict(text)).items() if n not in NOT_COMPARED}
-    if "hf_model_name" not in text:
-        seen["tokenizer"] = text.get("hf_tokenizer_name")
-        seen["quick_gelu"] = bool(config.get("quick_gelu"))
-    return json.loads(json.dumps(seen))
-
-
-def _hidden(folder: Path) -> dict[str, Any]:
+def read_hidden(folder: Path) -> dict[str, Any]:
+    """Of the config of a Hugging Face model, what the function of its weights depends on."""
     path = folder / "config.json"
     content = _read_json(path) if path.is_file() else {}
     return {name: content[name] for name in HIDDEN if name in content}

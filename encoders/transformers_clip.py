@@ -103,7 +103,7 @@ class SoftMoEClipModel(PreTrainedModel):
         text = config.model_cfg["text_cfg"]
         self.context_length: int = text["context_length"]
         self._bytes = "hf_model_name" not in text  # whether texts are of the CLIP vocabulary
-        self._padding = PADDING if self._bytes else config.text_model["pad_token_id"]
+        self._padding = PADDING if self._bytes else model.text.config.pad_token_id
         for module in self.modules():
             names = module._non_persistent_buffers_set
             if names:  # they are in no checkpoint, and transformers empties them

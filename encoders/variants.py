@@ -10,14 +10,15 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import timm
 from timm.models import build_model_with_cfg, register_model
 from timm.models._registry import generate_default_cfgs
 from timm.models.vision_transformer import checkpoint_filter_fn
 
-from encoders.vision_transformer import SoftMoEVisionTransformer
+if TYPE_CHECKING:
+    from encoders.vision_transformer import SoftMoEVisionTransformer
 
 
 class Size(NamedTuple):
@@ -159,6 +160,9 @@ def _entry_point(name: str) -> Callable[..., SoftMoEVisionTransformer]:
         defaults["num_experts"] = num_experts
 
     def create(pretrained: bool = False, **kwargs: Any) -> SoftMoEVisionTransformer:
+        # Late, for that module imports timm, at which moment this one may be imported.
+        from encoders.vision_transformer import SoftMoEVisionTransformer
+
         return build_model_with_cfg(
             SoftMoEVisionTransformer,
             name,

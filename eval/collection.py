@@ -113,6 +113,8 @@ def build_collection(
     captions = list(dict.fromkeys(text for number in bar for text in pictures.captions(number)))
     texts = None
     if captions:
+        if len(captions) > exact_limit:
+            import_faiss(len(captions))
         content = hashlib.sha256("\0".join(captions).encode()).hexdigest() if cache else ""
         rows = kept("texts", content, lambda: {"vectors": _embed_texts(embedder, captions)})
         texts = build_index(rows["vectors"], exact_limit, embedder.device)

@@ -17,6 +17,7 @@ from eval.page_answers import NO_PICTURE, Page, PageOptions
 from eval.page_style import CSS
 from eval.playground import Playground, Refused
 
+LINES = 12  # of labels and of templates that are seen at once
 KEPT = (3600, 6 * 3600)  # every hour, files over six hours old go, seconds
 # Clicks on buttons of our own HTML, as events that carry what the button stands for.
 PICKS = """
@@ -71,6 +72,10 @@ def _theme() -> Any:
         block_background_fill="#ffffff", block_background_fill_dark="#1d2024",
         block_border_color="#e2ded5", block_border_color_dark="#33373d",
         input_background_fill="#ffffff", input_background_fill_dark="#1d2024",
+        block_label_background_fill="#ffffff", block_label_background_fill_dark="#1d2024",
+        button_secondary_background_fill="#ece9e1", button_secondary_background_fill_dark="#2b2f35",
+        button_secondary_background_fill_hover="#e2ded5",
+        button_secondary_background_fill_hover_dark="#3a3f46",
         button_primary_background_fill="#0b62a8", button_primary_background_fill_dark="#0b62a8",
         button_primary_background_fill_hover="#0b5f9e", button_primary_text_color="#ffffff",
         slider_color="#0b62a8", slider_color_dark="#6cb2f5",
@@ -115,14 +120,16 @@ def _picture_column(page: Page) -> gr.Image:
 
 def _naming(page: Page, picture: gr.Image) -> None:
     scores = _html(page_html.notice(NO_PICTURE), "scores")
+    own, forms = page.labels(), page.options.templates
+    lines = min(max(6, len(own), len(forms)), LINES)  # both alike
     with gr.Row():
         labels = gr.Textbox(
-            "\n".join(page.labels()), label="Labels, one per line", lines=6, max_lines=12,
+            "\n".join(own), label="Labels, one per line", lines=lines, max_lines=LINES,
             min_width=200, elem_id="labels",
         )  # fmt: skip
         templates = gr.Textbox(
-            "\n".join(page.options.templates), label="Templates, {} is the label", lines=6,
-            max_lines=12, min_width=200, elem_id="templates",
+            "\n".join(forms), label="Templates, {} is the label", lines=lines, max_lines=LINES,
+            min_width=200, elem_id="templates",
         )  # fmt: skip
     for trigger in (picture.change, labels.change, templates.change):
         _on(trigger, page.classify, [picture, labels, templates], scores)
@@ -135,7 +142,7 @@ def _searching(page: Page, picture: gr.Image) -> None:
     )  # fmt: skip
     with gr.Row():
         search = gr.Button("Search", variant="primary", size="md", min_width=120)
-        alike = gr.Button("Pictures like mine", size="md", min_width=120)
+        alike = gr.Button("More like mine", size="md", min_width=120)
     examples = _html(page_html.chips(page.queries()), "examples")
     found = _html(page.find(""), "found")
     _html('<p class="heading">Captions nearest to your picture</p>')

@@ -73,10 +73,11 @@ class Page:
         return page_html.cards(cards, "Take this picture", "samples")
 
     def labels(self) -> list[str]:
-        """Those that were asked for, else the names of the first samples, else everyday things."""
+        """Those that were asked for, else captions of the first samples, else everyday things."""
         if self.options.labels or self.pictures is None:
             return list(self.options.labels) or LABELS
-        return self._captions(self.sample_numbers(False)) or LABELS
+        own = self._captions(self.sample_numbers(False))
+        return own if len(own) > 1 else LABELS  # one alone would always get 100 %
 
     def queries(self) -> list[str]:
         """Captions of pictures that are not among the first samples, to search with."""

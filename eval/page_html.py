@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
@@ -22,6 +23,7 @@ from eval.playground import Score
 THUMBNAIL = 192  # pixels of the longer side
 SHOWN_LABELS = 25
 SHOWN_SLOTS = 12
+SMALLEST = 6  # decimals of a percentage
 
 
 @dataclass(frozen=True)
@@ -163,8 +165,12 @@ def data_uri(picture: Tensor | np.ndarray, longest: int | None = None) -> str:
 
 
 def percent(share: float) -> str:
-    """A share of one as people read it."""
-    return f"{100 * share:.1f} %" if share >= 0.0005 else "< 0.1 %"
+    """A share of one as people read it; of small ones, as sigmoids give, the first figure."""
+    if share >= 0.0005:
+        return f"{100 * share:.1f} %"
+    if share < 10 ** -(SMALLEST + 2):
+        return f"< {10**-SMALLEST:.{SMALLEST}f} %"
+    return f"{100 * share:.{-math.floor(math.log10(100 * share))}f} %"
 
 
 def _spread(weights: Tensor) -> str:

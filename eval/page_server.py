@@ -6,6 +6,7 @@ import json
 import os
 import socket
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,7 @@ PREFIXES = (
     "/gradio_api/run/",
 )
 FORM = 64 << 10  # bytes of an upload beside its file
+KEPT = 50  # uploads of the largest size; when more come, the oldest go
 LOOPBACK = ["127.0.0.1", "localhost", "::1", "[::1]"]  # the last as requests write it
 # A browser that holds to this asks nobody but us, whatever stands in the page. Inline scripts and
 # eval are how gradio works.
@@ -66,13 +68,14 @@ def listen(host: str, port: int) -> socket.socket:
     return server
 
 
-def web_app(mount: Callable[[FastAPI], None], host: str, max_upload: int) -> FastAPI:
+def web_app(mount: Callable[[FastAPI], None], host: str, max_upload: int, files: Path) -> FastAPI:
     """The web application around a page, with `Guard` and a check of whom requests are for.
 
     Args:
         mount: puts the page into the application.
         host: where it will listen; requests to a loopback address must name one.
         max_upload: bytes of an uploaded file.
+        files: folder of uploads.
     """
     from fastapi import FastAPI
     from starlette.middleware.trustedhost import TrustedHostMiddleware
@@ -81,7 +84,7 @@ def web_app(mount: Callable[[FastAPI], None], host: str, max_upload: int) -> Fas
     # Otherwise any web page could reach us through a name of its own that leads here.
     names = LOOPBACK if host in LOOPBACK else ["*"]
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=names)
-    app.add_middleware(Guard, max_upload=max_upload)
+    app.add_middleware(Guard, max_upload=max_upload, files=files)
     mount(app)
     return app
 
@@ -100,10 +103,11 @@ class Guard:
 
     Messages that name a file by URL, which gradio would fetch from wherever it is; uploads of
     many files, of which gradio bounds each; long messages; and addresses the page does not need.
+    Old uploads make room for new ones.
     """
 
-    def __init__(self, app: Callable[..., Any], max_upload: int) -> None:
-        self.app, self.max_upload = app, max_upload
+    def __init__(self, app: Callable[..., Any], max_upload: int, files: Path) -> None:
+        self.app, self.max_upload, self.files = app, max_upload, files
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] != "http":
@@ -139,7 +143,26 @@ class Guard:
         length = headers.get(b"content-length", b"")
         if not length.isdigit():
             return 411
-        return 413 if int(length) > self.max_upload + FORM else 0
+        if int(length) > self.max_upload + FORM:
+            return 413
+        make_room(self.files, KEPT * self.max_upload)
+        return 0
+
+
+def make_room(folder: Path, limit: int) -> None:
+    """Remove the oldest files in a folder, at any depth, until they are at most `limit` bytes."""
+    found = []
+    for place, _, names in os.walk(folder):
+        for path in (Path(place, name) for name in names):
+            with suppress(OSError):  # gradio removes files, too
+                known = path.stat()
+                found.append((known.st_mtime_ns, path, known.st_size))
+    total = sum(size for _, _, size in found)
+    for _, path, size in sorted(found):
+        if total <= limit:
+            return
+        path.unlink(missing_ok=True)
+        total -= size
 
 
 async def _read_body(receive: Any) -> bytes | None:

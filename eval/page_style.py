@@ -5,17 +5,21 @@ from __future__ import annotations
 CSS = """
 .gradio-container {
   --ink: #1d1c1a; --muted: #625d55; --line: #e2ded5; --panel: #ffffff; --tint: #ece9e1;
-  --bar: #0b62a8; --wrong: #a8361c;
+  --bar: #0b62a8; --wrong: #a8361c; --track: #d6d1c6; --color-accent: var(--bar);
   --serif: "Iowan Old Style", "Palatino Linotype", Palatino, "Book Antiqua", Georgia,
     "Liberation Serif", serif;
 }
 .dark .gradio-container, .gradio-container.dark {
   --ink: #e9e6e0; --muted: #a8a39a; --line: #33373d; --panel: #1d2024; --tint: #2b2f35;
-  --bar: #6cb2f5; --wrong: #ff9c82;
+  --bar: #6cb2f5; --wrong: #ff9c82; --track: #4a5058;
 }
 .gradio-container main { width: 100%; max-width: 76rem; margin: 0 auto; }
 .gradio-container .html-container { padding: 0; color: var(--ink); }
 #picture img { width: 100%; height: 100%; object-fit: contain; }
+.gradio-container .wrap input[type=range]::-webkit-slider-runnable-track {
+  background: linear-gradient(to right, var(--bar) var(--range_progress),
+    var(--track) var(--range_progress)); }
+.gradio-container .wrap input[type=range]::-moz-range-track { background: var(--track); }
 .gradio-container input[type=range]::-webkit-slider-thumb { background: var(--bar); }
 .gradio-container input[type=range]::-moz-range-thumb { background: var(--bar); }
 .top h1 { font: 400 clamp(1.6rem, 4vw, 2.3rem)/1.15 var(--serif); color: var(--ink); margin: 0; }

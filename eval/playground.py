@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -181,14 +182,12 @@ class Playground:
 
     def _find_layers(self) -> tuple[list[LayerSizes], str]:
         """What a blank picture goes through."""
-        size = self.embedder.opened.image_size
-        try:
+        size, found = self.embedder.opened.image_size, list[InspectedLayer]()
+        reason = "no routed layers"
+        with suppress(ValueError):  # there is none
             found = self._layers_of(torch.zeros(1, 3, size, size, dtype=torch.uint8))
-        except ValueError:  # no routed layer
-            found = []
-            reason = "no routed layers"
-        else:
-            reason = "no routed layers with slots"
+            if self.embedder.image_trunk() is not None:
+                reason = "no routed layers with slots"
         sizes = [
             LayerSizes(layer.block, layer.dispatch.shape[2], layer.num_experts) for layer in found
         ]

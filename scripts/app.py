@@ -85,7 +85,9 @@ def start(config: App) -> None:
             _title(config.model), facts, config.labels, config.templates, max_upload
         )
         blocks = build_page(playground, options, files)
-        site = web_app(lambda app: mount_page(app, blocks, max_upload), config.host, max_upload)
+        site = web_app(
+            lambda app: mount_page(app, blocks, max_upload), config.host, max_upload, files
+        )
         address, port = server.getsockname()[:2]
         address = f"[{address}]" if ":" in address else address
         if config.host not in LOOPBACK:

@@ -38,7 +38,7 @@ class Export:
     push: str | None = None
     """owner/name on the Hugging Face hub, which is created if it is not there."""
     private: bool = True
-    """Whether a repository that is created is private."""
+    """Whether the repository is private; one that is there and public is then refused."""
     dry_run: bool = False
     """List the files that would be pushed, with sizes and hashes, and push nothing."""
 
@@ -86,7 +86,7 @@ def export(config: Export) -> None:
 
 
 def _check(config: Export) -> Path:
-    from encoders.export.hub_upload import check_hub_name
+    from encoders.export.hub_upload import check_hub_name, check_token
 
     for name in ("model", "out"):
         if not getattr(config, name):
@@ -101,6 +101,8 @@ def _check(config: Export) -> Path:
                 "push needs --license, the licence of the weights, such as apache-2.0, cc-by-nc-4.0"
                 " or other: it follows from what they were trained on, so nobody can guess it"
             )
+        if not config.dry_run:
+            check_token()
     elif config.dry_run:
         raise ValueError("dry_run lists what would be pushed: set --push owner/name")
     return out

@@ -12,6 +12,7 @@ from encoders.variants import VARIANTS
 from scripts.export_source import Source, run_facts
 
 IMPORT = "import encoders  # of softmoe-clip: registers the image towers with timm\n"
+HUB_IMPORT = "from huggingface_hub import snapshot_download\n"
 OPEN_CLIP = """{imports}import open_clip
 
 model, _, preprocess = open_clip.create_model_and_transforms("{schema}{name}")
@@ -37,14 +38,15 @@ ONNX = """import json
 
 import numpy as np
 import onnxruntime
-from transformers import AutoTokenizer
+{imports}from transformers import AutoTokenizer
 
-config = json.load(open("{name}/onnx_config.json"))
-tokenizer = AutoTokenizer.from_pretrained("{name}")
+folder = {folder}
+config = json.load(open(f"{{folder}}/onnx_config.json"))
+tokenizer = AutoTokenizer.from_pretrained(folder)
 ids = np.full((1, config["context_length"]), config["pad_id"], dtype=np.int64)
 tokens = tokenizer("a cat", truncation=True)["input_ids"]
 ids[0, : len(tokens)] = tokens
-(text,) = onnxruntime.InferenceSession("{name}/text.onnx").run(None, {{"input_ids": ids}})
+(text,) = onnxruntime.InferenceSession(f"{{folder}}/text.onnx").run(None, {{"input_ids": ids}})
 """
 CODE = {
     "open_clip": OPEN_CLIP,
@@ -77,9 +79,14 @@ def describe(
     name = hub_name or out
     image = model.model if isinstance(model, ImageModel) else model.model.visual.trunk
     imports = IMPORT if _timm_name(model) in VARIANTS else ""
+    folder = f'"{name}"'
+    if target == "onnx":
+        imports = "" if hub_name is None else HUB_IMPORT
+        folder = folder if hub_name is None else f"snapshot_download({folder})"
     code = CODE[target].format(
-        imports=imports, name=name, schema="local-dir:" if hub_name is None else "hf-hub:"
-    )
+        imports=imports, name=name, folder=folder,
+        schema="local-dir:" if hub_name is None else "hf-hub:",
+    )  # fmt: skip
     classifier = isinstance(model, ImageModel) and model.model.num_classes > 0
     return Card(
         title=hub_name or Path(out).name,

@@ -13,20 +13,24 @@ import yaml
 from encoders.export.model import DualEncoder, ExportError, ImageModel
 from encoders.export.model_card import Figure, RunFacts
 from encoders.hugging_face_text import TEXT_FOLDER
+from encoders.variants import VARIANTS
 from eval.image_tower import TIMM_FILE, open_image_tower
 from eval.open_model import CONFIG_FILE, WEIGHTS_FILE, open_model
 from eval.prompts import read_classnames
 from training.checkpoint import (
+    STATE,
     CheckpointError,
     load_tensors,
     load_weights,
     newest_checkpoint,
     read_state,
+    verify_checkpoint,
 )
 from training.run_directory import SETTINGS
+from training.saving import AVERAGE, TRAINED
 
-# Beside the weights of a run that averages them; the average is of trained parameters only.
-AVERAGE, TRAINED = "average.safetensors", "training_weights.safetensors"
+# open_clip's words for timm's crop modes; any other one cuts out the centre.
+RESIZE = {"squash": "squash", "border": "longest"}
 TIMM_WEIGHTS = "model.safetensors"
 # Where `scripts.evaluate --output RUN/evaluation.json` leaves its records.
 RECORDS = "evaluation.json"
@@ -58,8 +62,11 @@ def find_source(given: str) -> Source:
         if newest is None:
             raise CheckpointError(messages[0] if messages else f"'{given}' holds no checkpoint")
         return _check_weights(Source(newest, path))
-    run = path.resolve().parents[1]
-    return _check_weights(Source(path, run if (run / SETTINGS).is_file() else None))
+    checkpoints = path.resolve().parent
+    own = checkpoints.name == "checkpoints" and (checkpoints.parent / SETTINGS).is_file()
+    if own:
+        verify_checkpoint(path)
+    return _check_weights(Source(path, checkpoints.parent if own else None))
 
 
 def _check_weights(source: Source) -> Source:
@@ -72,8 +79,8 @@ def _check_weights(source: Source) -> Source:
     weights = WEIGHTS_FILE if source.is_dual_encoder else TIMM_WEIGHTS
     if not (folder / weights).is_file():
         raise ExportError(
-            f"'{folder}' has no {weights}: weights are read from safetensors only, for other"
-            " formats can run code"
+            f"'{folder}' has no {weights}: only safetensors are read, because loading"
+            " other formats can run code"
         )
     return source
 
@@ -101,12 +108,14 @@ def open_dual_encoder(source: Source) -> DualEncoder:
 def open_classifier(source: Source) -> ImageModel:
     """The timm model of a classification checkpoint, with its head."""
     opened = open_image_tower(str(source.folder))
-    preprocess = {
-        "mean": list(opened.mean),
-        "std": list(opened.std),
-        "interpolation": opened.model.pretrained_cfg["interpolation"],
-        "resize_mode": "squash",
-    }
+    preprocess: dict[str, Any] = {"mean": list(opened.mean), "std": list(opened.std)}
+    if opened.name in VARIANTS or (source.folder / STATE).is_file():
+        # As our commands train and evaluate, whatever timm does with a model of its own.
+        preprocess |= {"interpolation": "bicubic", "resize_mode": "squash"}
+    else:
+        known = opened.model.pretrained_cfg
+        preprocess |= {name: known[name] for name in ("interpolation", "crop_pct")}
+        preprocess["resize_mode"] = RESIZE.get(known.get("crop_mode"), "shortest")
     arguments = {name: value for name, value in opened.arguments.items() if name != "num_classes"}
     return ImageModel(
         opened.model,
@@ -128,7 +137,7 @@ def choose_weights(model: Any, source: Source, which: str) -> None:
     Raises:
         ExportError: the run has not averaged its weights.
     """
-    average, trained = source.folder / AVERAGE, source.folder / TRAINED
+    average, trained = source.folder / AVERAGE, source.folder / TRAINED  # of trained parameters
     if which == "checkpoint" or (which == "training" and not trained.is_file()):
         return
     if which == "training":

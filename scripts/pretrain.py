@@ -44,7 +44,8 @@ def main(argv: list[str] | None = None) -> None:
 def train(config: PretrainRun) -> None:
     from classification.initial_weights import load_encoder
     from classification.objective import ClassificationObjective, build_classifier
-    from contrastive.weight_sources import check_pixels, image_source
+    from contrastive.weight_checks import check_pixels
+    from contrastive.weight_sources import image_source
     from data_pipelines.classification import class_names, classification_stream, open_source
     from eval.classification import ClassificationEvaluator
     from scripts.launch import Launch, known_flops

@@ -6,8 +6,7 @@ import hashlib
 import re
 from pathlib import Path
 
-from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
+from huggingface_hub import HfApi, get_token
 
 from encoders.export.model import ExportError
 
@@ -18,6 +17,12 @@ def check_hub_name(name: str) -> None:
     """Raise ExportError unless `name` is of the form owner/name."""
     if not NAME.fullmatch(name):
         raise ExportError(f"push '{name}': write owner/name, such as my-lab/soft-moe-s16")
+
+
+def check_token() -> None:
+    """Raise ExportError unless huggingface_hub has a token, of `hf auth login` or in HF_TOKEN."""
+    if get_token() is None:
+        raise ExportError("push needs a token: run `hf auth login`, or set HF_TOKEN")
 
 
 def upload_listing(folder: Path) -> list[tuple[str, int, str]]:
@@ -32,27 +37,36 @@ def upload_listing(folder: Path) -> list[tuple[str, int, str]]:
 def upload(folder: Path, name: str, private: bool, message: str) -> str:
     """Create the model repository `name`, if it is not there, and commit the folder to it.
 
-    The token is huggingface_hub's own: of `hf auth login`, or in HF_TOKEN.
+    Args:
+        private: whether nobody else may see the repository; one that is there and public is
+            refused, for the hub leaves it as it is.
 
     Returns:
         Address of the commit.
 
     Raises:
-        ExportError: there is no token, or the hub refuses or cannot be reached.
+        ExportError: the hub refuses or cannot be reached, or the repository is public.
     """
     api = HfApi()
     try:
         api.create_repo(name, private=private, exist_ok=True)
-        commit = api.upload_folder(repo_id=name, folder_path=folder, commit_message=message)
-    except LocalTokenNotFoundError as error:
-        raise ExportError("push needs a token: run `hf auth login`, or set HF_TOKEN") from error
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
-        reason = " ".join(str(error).split())
+        public = private and api.model_info(name).private is False
+        if not public:
+            commit = api.upload_folder(repo_id=name, folder_path=folder, commit_message=message)
+            return commit.commit_url
+    except Exception as error:  # of the hub, the HTTP library or the storage library
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise ExportError(
-            f"'{name}' could not be pushed: {reason}; the folder is in {folder}, to push it later:"
-            f" hf upload {name} {folder}"
+            f"'{name}' could not be pushed: {reason}; {_later(folder, name)}"
         ) from error
-    return commit.commit_url
+    raise ExportError(
+        f"'{name}' is there already, and everybody sees it: push with --private false, or choose"
+        f" another name; {_later(folder, name)}"
+    )
+
+
+def _later(folder: Path, name: str) -> str:
+    return f"the folder is in {folder}, to push it later: hf upload {name} {folder}"
 
 
 def _sha256(path: Path) -> str:

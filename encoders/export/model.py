@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 from safetensors.torch import save_file
 from torch import nn
@@ -75,7 +76,7 @@ class ImageModel:
         model: with or without a classifier.
         name: of the timm model.
         arguments: of its constructor, without the number of classes.
-        preprocess: mean, std, interpolation, resize_mode.
+        preprocess: mean, std, interpolation, resize_mode, and crop_pct where a part is cut out.
         image_size: pixels per side.
         classes: names of the classes in order; empty if they are not known or there are none.
     """
@@ -89,17 +90,37 @@ class ImageModel:
 
 
 def image_tower(encoder: DualEncoder) -> ImageModel:
-    """The image tower of a dual encoder, without its projection to the joint space."""
-    vision = encoder.config["vision_cfg"]
-    arguments = dict(vision.get(ARGUMENTS) or {})
-    arguments["global_pool"] = vision.get("timm_pool", "avg")
-    return ImageModel(
-        encoder.model.visual.trunk,
-        vision["timm_model_name"],
-        arguments,
-        encoder.preprocess,
-        encoder.image_size,
+    """The image tower of a dual encoder, without its projection to the joint space.
+
+    Raises:
+        ExportError: timm cannot build the tower by its name and arguments.
+    """
+    vision, trunk = encoder.config["vision_cfg"], encoder.model.visual.trunk
+    name, pooling = vision["timm_model_name"], vision.get("timm_pool", "avg")
+    arguments = dict(vision.get(ARGUMENTS) or {}) | {"global_pool": pooling}
+    # Towers get their pooling after they are built, where the norm of vision transformers stays
+    # before it; timm would move it behind.
+    for options in (arguments, arguments | {"fc_norm": False}):
+        if _builds(name, options, trunk):
+            return ImageModel(trunk, name, options, encoder.preprocess, encoder.image_size)
+    raise ExportError(
+        f"timm does not build a {name} as it was trained here, with pooling '{pooling}': choose"
+        " --to open_clip or transformers"
     )
+
+
+def _builds(name: str, arguments: dict[str, Any], trunk: nn.Module) -> bool:
+    """Whether timm makes a model with the parameters of `trunk` from its name and arguments."""
+    try:
+        with torch.device("meta"):
+            built: Any = timm.create_model(name, num_classes=0, **arguments)
+    except TypeError:  # it has no such argument
+        return False
+    shapes, expected = (
+        {key: value.shape for key, value in module.state_dict().items()}
+        for module in (built, trunk)
+    )
+    return shapes == expected
 
 
 def save_weights(module: nn.Module, path: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -18,6 +20,9 @@ PIPELINES = {
     "sentence-transformers": "sentence-similarity",
     "onnx": "zero-shot-image-classification",
 }
+# What lets one in: a name and password before the host of an address, a signature behind it.
+PASSWORD = re.compile(r"(?<=://)[^\s/@'\"]+@")
+QUERY = re.compile(r"(https?://[^\s?'\"]*)\?[^\s'\"]+")
 
 
 @dataclass(frozen=True)
@@ -110,6 +115,11 @@ def card_text(card: Card) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def without_secrets(text: str) -> str:
+    """The text without names, passwords and queries in its addresses: cards are published."""
+    return QUERY.sub(r"\1?...", PASSWORD.sub("", text))
+
+
 def _routers(routers: Mapping[str, str]) -> str:
     return (
         _table(("blocks", "layer"), routers.items()) if routers else "None: all layers are dense."
@@ -120,15 +130,15 @@ def _training(run: RunFacts) -> str:
     facts: dict[str, Any] = {
         "steps": run.step,
         "samples seen": None if run.samples is None else f"{run.samples:,}",
-        "data": run.data,
+        "data": None if run.data is None else without_secrets(run.data),
         "versions": ", ".join(f"{name} {number}" for name, number in run.versions.items()) or None,
     }
     known = {name: value for name, value in facts.items() if value is not None}
     parts = [_table(("", ""), known.items()) if known else "Nothing is known of the run."]
     if run.command:
-        parts.append(f"Command:\n\n```\n{' '.join(run.command)}\n```")
+        parts.append(f"Command:\n\n```\n{without_secrets(shlex.join(run.command))}\n```")
     if run.settings:
-        settings = yaml.safe_dump(dict(run.settings), sort_keys=False).rstrip()
+        settings = without_secrets(yaml.safe_dump(dict(run.settings), sort_keys=False).rstrip())
         parts.append(
             f"<details><summary>All settings</summary>\n\n```yaml\n{settings}\n```\n\n</details>"
         )

@@ -71,7 +71,7 @@ def write_onnx(encoder: DualEncoder, folder: Path) -> None:
             "scores": "sigmoid" if encoder.sigmoid else "softmax",
             "image_size": size,
             "context_length": encoder.context_length,
-            "pad_id": 0 if encoder.text_model is None else encoder.text_model["pad_token_id"],
+            "pad_id": 0 if encoder.text_model is None else encoder.model.text.config.pad_token_id,
             "preprocess": encoder.preprocess,
         },
         folder / "onnx_config.json",

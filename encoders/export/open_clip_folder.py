@@ -42,7 +42,10 @@ def write_open_clip(
         }
     save_json({"model_cfg": config, "preprocess_cfg": encoder.preprocess}, folder / CONFIG)
     save_weights(encoder.model, folder / WEIGHTS)
-    save_tokenizer(encoder, folder)
+    if encoder.text_model is None:
+        save_tokenizer(encoder, folder)
+    else:  # open_clip cleans texts itself
+        encoder.tokenizer.save_pretrained(folder)
 
 
 def _reason(encoder: DualEncoder) -> str:

@@ -28,7 +28,7 @@ def write_timm(image: ImageModel, folder: Path) -> None:
         "mean": preprocess["mean"],
         "std": preprocess["std"],
         "interpolation": preprocess["interpolation"],
-        "crop_pct": 1.0,
+        "crop_pct": preprocess.get("crop_pct", 1.0),
         "crop_mode": {"squash": "squash", "longest": "border"}.get(
             preprocess["resize_mode"], "center"
         ),

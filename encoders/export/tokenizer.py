@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from open_clip.tokenizer import SimpleTokenizer
-from tokenizers import Regex, normalizers
+from tokenizers import Regex, Tokenizer, normalizers
 from transformers import CLIPTokenizer, PreTrainedTokenizerFast
 
 from encoders.export.model import DualEncoder
 
 START, END = "<|startoftext|>", "<|endoftext|>"
-# Part of how open_clip cleans texts before it reads them; transformers' CLIP tokenizer does not.
+# Part of how open_clip cleans texts before it reads them; tokenizers of transformers do not.
 PLAIN = (("&lt;", "<"), ("&gt;", ">"), ("&quot;", '"'), ("&#39;", "'"), ("&amp;", "&"))
 QUOTES = ((r"[\u02bc\u2018-\u201b]", "'"), (r"[\u201c-\u201f]", '"'))
 
@@ -22,13 +22,25 @@ def save_tokenizer(encoder: DualEncoder, folder: Path) -> None:
     export_tokenizer(encoder).save_pretrained(folder)
 
 
-def export_tokenizer(encoder: DualEncoder) -> Any:
-    """The tokenizer for transformers: the model's own, or that of the CLIP vocabulary."""
+def export_tokenizer(encoder: DualEncoder) -> PreTrainedTokenizerFast:
+    """The tokenizer for transformers: the model's own, or that of the CLIP vocabulary.
+
+    It cleans texts as open_clip does before they get to either of them.
+    """
     if encoder.text_model is None:
         return clip_tokenizer(encoder.context_length)
-    tokenizer = encoder.tokenizer.tokenizer
-    tokenizer.model_max_length = encoder.context_length
-    return tokenizer
+    own = encoder.tokenizer.tokenizer
+    backend = Tokenizer.from_str(own.backend_tokenizer.to_str())
+    backend.no_padding()
+    backend.no_truncation()
+    spaces = [normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip()]
+    steps = [*_cleaning(), *spaces, *([backend.normalizer] if backend.normalizer else [])]
+    backend.normalizer = normalizers.Sequence(steps)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        model_max_length=encoder.context_length,
+        **own.special_tokens_map,
+    )
 
 
 def clip_tokenizer(context_length: int) -> PreTrainedTokenizerFast:
@@ -46,9 +58,7 @@ def clip_tokenizer(context_length: int) -> PreTrainedTokenizerFast:
     vocabulary = {marks.get(token, token): number for token, number in source.encoder.items()}
     merges: Any = list(source.bpe_ranks)
     backend = CLIPTokenizer(vocab=vocabulary, merges=merges).backend_tokenizer
-    steps = [normalizers.Replace(entity, plain) for entity, plain in PLAIN]
-    steps += [normalizers.Replace(Regex(curly), plain) for curly, plain in QUOTES]
-    backend.normalizer = normalizers.Sequence([*steps, backend.normalizer])
+    backend.normalizer = normalizers.Sequence([*_cleaning(), backend.normalizer])
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         bos_token=START,
@@ -57,3 +67,10 @@ def clip_tokenizer(context_length: int) -> PreTrainedTokenizerFast:
         unk_token=END,
         model_max_length=context_length,
     )
+
+
+def _cleaning() -> list[normalizers.Normalizer]:
+    return [
+        *(normalizers.Replace(entity, plain) for entity, plain in PLAIN),
+        *(normalizers.Replace(Regex(curly), plain) for curly, plain in QUOTES),
+    ]

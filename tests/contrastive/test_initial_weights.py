@@ -355,7 +355,7 @@ def test_weights_of_another_architecture_are_explained(
         ("dense.safetensors", r"match these names in image\.init_allow"),
         ("nowhere", "does not exist"),
         ("empty", "holds no complete checkpoint"),
-        ("bare", r"has no model\.safetensors; weights are read from safetensors only"),
+        ("bare", r"has no model\.safetensors; only safetensors are read"),
     ):
         refused(problem, image={"init_from": str(tmp_path / place)})
 

@@ -13,10 +13,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
 from accelerate.state import AcceleratorState
 from PIL import Image
 from safetensors.torch import save_file
+from timm.models import save_for_hf
 from torch import Tensor
 from transformers import BertConfig, BertTokenizerFast
 
@@ -30,13 +32,31 @@ from scripts import export, train_contrastive
 ROOT = Path(__file__).parents[2]
 TEST = "soft_moe_vit_test_patch16_64"
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "red", "green", "blue", "square"]
+WORDS += [
+    "it",
+    "s",
+    "'",
+    '"',
+    "&",
+    "<",
+    ">",
+    "!",
+    "?",
+    ",",
+    "photo",
+    "of",
+    "salt",
+    "pepper",
+    "very",
+]
 TEXTS = [
     "a red square",
     "Green & <blue>!?",
     "it\u2019s \u201ca\u201d photo of 12 dogs,  isn't it",
     "",
+    "salt &amp;  pepper &quot;of&quot; a\u00a0photo &lt;square&gt; ",
 ]
-TEXTS += [f"{'very ' * count}long caption number {count}" for count in range(46)]
+TEXTS += [f"{'very ' * count}long caption number {count}" for count in range(45)]
 
 
 def checkpoint(folder: Path, text: dict[str, Any], arguments: dict[str, Any], **more: Any) -> Path:
@@ -78,6 +98,9 @@ def bert_checkpoint(folder: Path) -> Path:
         vocab_size=len(WORDS), hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
         intermediate_size=32, max_position_embeddings=12,
     ).save_pretrained(bert)  # fmt: skip
+    described = json.loads((bert / "config.json").read_text())
+    del described["pad_token_id"]  # as many on the hub, which leave out what is usual
+    (bert / "config.json").write_text(json.dumps(described))
     text = hugging_face_text_config(bert, 8, pretrained=False)
     checkpoint(folder, text, {})
     build_tokenizer(text).save_pretrained(folder)
@@ -130,7 +153,7 @@ def expectations(model: Any, tokenizer: Any, files: list[Path], folder: Path) ->
 TARGETS = {
     "clip": ("open_clip", "timm", "transformers"),
     "sigmoid": ("timm", "transformers", "sentence-transformers"),
-    "bert": ("open_clip", "transformers"),
+    "bert": ("open_clip", "transformers", "sentence-transformers", "onnx"),
 }
 
 
@@ -156,6 +179,14 @@ def exports(make_once: Callable[..., Path], shards: Path) -> Path:
         shutil.copytree(run / "checkpoints" / "step_00000002", folder / "clip" / "source")
         sigmoid_checkpoint(folder / "sigmoid" / "source")
         bert_checkpoint(folder / "bert" / "source")
+        classifier: Any = timm.create_model(TEST, num_classes=4)
+        save_for_hf(classifier, folder / "classifier" / "source", safe_serialization=True)
+        pixels = {"pixels": torch.randn(2, 3, 64, 64)}
+        with torch.no_grad():
+            pixels["logits"] = classifier.eval()(pixels["pixels"])
+        save_file(pixels, folder / "classifier" / "source" / "expected")
+        place = folder / "classifier"
+        export.main([str(place / "source"), "--to=timm", f"--out={place / 'timm'}"])
         for name, targets in TARGETS.items():
             place = folder / name / "source"
             opened = open_model(str(place))

@@ -1,7 +1,8 @@
 """A stand-in for the Hugging Face hub's file API: what huggingface_hub asks to push and to fetch.
 
 A program: prints its address, then serves one folder of files for each repository. Small files
-come inside a commit, large ones by git-lfs, as on the hub.
+come inside a commit, large ones by git-lfs or, from who has hf_xet, in its blocks, as on the hub.
+Of files in blocks only the hash is kept, for which the client vouches.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ class Hub(BaseHTTPRequestHandler):
         return self.rfile.read(int(self.headers.get("Content-Length", 0)))
 
     def do_POST(self) -> None:
-        if self.headers.get("Authorization") != "Bearer hf_stand_in":
+        if self.headers.get("Authorization") not in ("Bearer hf_stand_in", "Bearer blocks"):
             self.body()
             self.answer({"error": "Invalid credentials"}, 401)
             return
@@ -50,9 +51,12 @@ class Hub(BaseHTTPRequestHandler):
         if path == "/api/repos/create":
             asked = json.loads(content)
             name = f"{asked['organization']}/{asked['name']}"
-            (self.root / name).mkdir(parents=True, exist_ok=True)
-            (self.root / name / ".asked").write_bytes(content)
-            self.answer({"url": f"{self.address}/{name}", "name": name})
+            there = (self.root / name).is_dir()
+            if not there:
+                (self.root / name).mkdir(parents=True)
+                (self.root / name / ".asked").write_bytes(content)
+            known = {"url": f"{self.address}/{name}", "name": name}
+            self.answer(known, 409 if there else 200)
         elif path == "/api/validate-yaml":  # of the model card
             known = json.loads(content)["content"].startswith("---\nlicense: ")
             self.answer({"errors": [] if known else [{"message": "no licence"}], "warnings": []})
@@ -66,6 +70,12 @@ class Hub(BaseHTTPRequestHandler):
                 for file in json.loads(content)["files"]
             ]
             self.answer({"files": files})
+        elif path.startswith("/v1/xorbs/"):  # hf_xet's blocks
+            with (self.objects / "blocks").open("ab") as blocks:
+                blocks.write(content)
+            self.answer({"was_inserted": True})
+        elif path.startswith("/v1/shards"):
+            self.answer({"result": 1})
         elif path.endswith("/info/lfs/objects/batch"):
             objects = [
                 thing | {"actions": {"upload": {"href": f"{self.address}/objects/{thing['oid']}"}}}
@@ -84,7 +94,8 @@ class Hub(BaseHTTPRequestHandler):
             if line["key"] == "file":
                 target.write_bytes(base64.b64decode(value["content"]))
             elif line["key"] == "lfsFile":
-                target.write_bytes((self.objects / value["oid"]).read_bytes())
+                whole = self.objects / value["oid"]
+                target.write_bytes(whole.read_bytes() if whole.is_file() else value["oid"].encode())
         url = f"{self.address}/{name}/commit/{COMMIT}"
         self.answer({"commitUrl": url, "commitOid": COMMIT, "success": True})
 
@@ -103,6 +114,8 @@ class Hub(BaseHTTPRequestHandler):
             content = file.read_bytes()
             tag = f'"{hashlib.sha256(content).hexdigest()}"'
             self.answer(content, ETag=tag, X_Repo_Commit=COMMIT, Accept_Ranges="bytes")
+        elif "/xet-write-token/" in path:
+            self.answer({"casUrl": self.address, "accessToken": "blocks", "exp": 1 << 33})
         elif found := re.match(r"/api/models/([^/]+/[^/]+)", path):
             folder = self.root / found[1]
             if not folder.is_dir():
@@ -113,7 +126,9 @@ class Hub(BaseHTTPRequestHandler):
             if "/tree/" in path:
                 self.answer([{"type": "file", "path": n, "size": 0, "oid": "0"} for n in files])
                 return
-            self.answer({"id": found[1], "sha": COMMIT, "siblings": siblings})
+            private = json.loads((folder / ".asked").read_text())["visibility"] == "private"
+            facts = {"id": found[1], "sha": COMMIT, "siblings": siblings, "private": private}
+            self.answer(facts)
         else:
             self.answer({}, 404)
 

@@ -6,6 +6,8 @@ A program: `with_package.py` and `without_package.py` run it in fresh processes.
 from __future__ import annotations
 
 import json
+import re
+import shutil
 import socket
 import sys
 from pathlib import Path
@@ -133,6 +135,53 @@ def from_sentence_transformers(folder: Path, expected: Expected, **options: Any)
         vectors = torch.from_numpy(model.encode(inputs))
         found[side] = (vectors - unit(expected.tensors[side], dim=-1)).abs().max().item()
     return found | {"width": model.get_embedding_dimension()}
+
+
+def from_onnx(folder: Path, expected: Expected) -> dict[str, Any]:
+    import numpy as np
+    import onnxruntime
+    import torch
+    from transformers import AutoTokenizer
+
+    config = json.loads((folder / "onnx_config.json").read_text())
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    ids = np.full((len(expected.texts), config["context_length"]), config["pad_id"], dtype=np.int64)
+    for row, text in zip(ids, expected.texts, strict=True):
+        tokens = tokenizer(text, truncation=True)["input_ids"]
+        row[: len(tokens)] = tokens
+    given = {
+        "image": ("pixel_values", expected.tensors["pixels"].numpy()),
+        "text": ("input_ids", ids),
+    }
+    unit = torch.nn.functional.normalize
+    found = {}
+    for side, (name, inputs) in given.items():
+        session = onnxruntime.InferenceSession(folder / f"{side}.onnx")
+        (vectors,) = session.run(None, {name: inputs})
+        far = torch.from_numpy(vectors) - unit(expected.tensors[side], dim=-1)
+        found[side] = far.abs().max().item()
+    return found
+
+
+def from_timm_classifier(folder: Path, tensors: dict[str, Any]) -> float:
+    import timm
+    import torch
+    from transformers import AutoModelForImageClassification
+
+    opened = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    wrapped = AutoModelForImageClassification.from_pretrained(folder).eval()
+    with torch.no_grad():
+        answers = opened(tensors["pixels"]), wrapped(pixel_values=tensors["pixels"]).logits
+    return max((answer - tensors["logits"]).abs().max().item() for answer in answers)
+
+
+def run_card(folder: Path) -> list[str]:
+    """Names that the code on a model card leaves; it looks for picture.png where it is run."""
+    shutil.copy(folder.parents[1] / "picture0.png", "picture.png")
+    (code,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
+    found: dict[str, Any] = {}
+    exec(compile(code, str(folder), "exec"), found)
+    return sorted(name for name in found if not name.startswith("_"))
 
 
 def tell(report: dict[str, Any]) -> None:

@@ -14,8 +14,15 @@ import timm
 import torch
 import yaml
 from timm.models import save_for_hf
-from transformers import AutoModelForImageClassification
+from transformers import AutoModel, AutoModelForImageClassification
 
+from contrastive.config import ImageTowerConfig
+from contrastive.initial_weights import load_image_tower
+from encoders.clip_model import build_clip, vision_config
+from encoders.export.model import DualEncoder, image_tower
+from encoders.export.model_card import Card, RunFacts, card_text, without_secrets
+from encoders.export.timm_folder import write_timm
+from encoders.text_towers import open_clip_text_config
 from scripts import evaluate, export, pretrain
 
 TEST = "soft_moe_vit_test_patch16_64"
@@ -64,6 +71,22 @@ def test_the_card_tells_what_the_run_knows(exports: Path, tmp_path: Path) -> Non
     assert "step 4" not in body
 
 
+def test_cards_keep_what_lets_one_into_a_store_to_themselves() -> None:
+    address = "https://me:pass@data.example/{00..09}.tar?X-Signature=abc&x=1"
+    card = Card(
+        title="t", target="timm", licence=None, code="", model={}, routers={},
+        run=RunFacts(
+            data=f"{address} (24 samples)", settings={"data": {"shards": [address]}},
+            command=["python", "-m", "scripts.train_contrastive", f"--data.shards={address}"],
+        ),
+    )  # fmt: skip
+    text = card_text(card)
+    assert text.count("https://data.example/{00..09}.tar?...") == 3
+    assert not any(secret in text for secret in ("me:p", "pass@", "abc", "X-Sig"))
+    assert without_secrets("s3://me:pass@store/a-00??.tar") == "s3://store/a-00??.tar"
+    assert "'--data.shards=https://data.example/{00..09}.tar?...'" in text  # as a shell wants it
+
+
 def test_the_card_takes_intervals_from_the_evaluation_of_the_same_checkpoint(
     exports: Path, tmp_path: Path
 ) -> None:
@@ -84,6 +107,54 @@ def test_the_card_takes_intervals_from_the_evaluation_of_the_same_checkpoint(
     record.write_text(json.dumps([measured | {"pretrained": "run/checkpoints/step_00000001"}]))
     export.main([str(checkpoint), f"--out={tmp_path}/other"])
     assert "own/text_retrieval" not in (tmp_path / "other" / "README.md").read_text()
+
+
+def test_an_export_in_the_run_directory_is_no_checkpoint(exports: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(exports / "clip" / "run", run)
+    first = run / "exports" / "open_clip"
+    export.main([str(run), f"--out={first}"])
+    export.main([str(first), "--to=timm", f"--out={tmp_path}/out"])
+    assert "Nothing is known of the run." in (tmp_path / "out" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("name", "pooling"),
+    [("test_vit", "avg"), ("test_vit", "token"), ("test_convnext", "avg")],
+)
+def test_towers_of_timm_are_pooled_as_they_were_trained(
+    tmp_path: Path, name: str, pooling: Any
+) -> None:
+    text = open_clip_text_config(16, 2, 1, 8)
+    config = {"embed_dim": 8, "vision_cfg": vision_config(name, {}, pooling=pooling)}
+    model: Any = build_clip(config | {"text_cfg": text}).eval()
+    pixels = {"mean": [0.5] * 3, "std": [0.5] * 3}
+    preprocess = pixels | {"interpolation": "bicubic", "resize_mode": "squash"}
+    encoder = DualEncoder(model, config | {"text_cfg": text}, preprocess, 160, None)
+    write_timm(image_tower(encoder), tmp_path)
+    images = torch.randn(2, 3, 160, 160)
+    opened: Any = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    wrapped = AutoModel.from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        expected = model.visual.trunk(images)
+        assert torch.equal(opened(images), expected)
+        assert torch.equal(wrapped(pixel_values=images).pooler_output, expected)
+    image = ImageTowerConfig(name, init_from=str(tmp_path), pooling=pooling)
+    report = load_image_tower(model, image, config)  # and back again
+    assert report is not None
+    assert report.fresh == ("head.proj.weight",)
+
+
+def test_models_of_timm_keep_their_own_way_to_cut_pictures(tmp_path: Path) -> None:
+    model: Any = timm.create_model("test_vit", num_classes=2)
+    save_for_hf(model, tmp_path / "source", safe_serialization=True)
+    export.main([str(tmp_path / "source"), "--to=timm", f"--out={tmp_path}/out"])
+    found, expected = (
+        timm.data.resolve_model_data_config(timm.create_model(f"local-dir:{tmp_path / name}"))
+        for name in ("out", "source")
+    )
+    assert found == expected
+    assert found["crop_pct"] == 0.95
 
 
 def test_nobody_guesses_a_licence(
@@ -143,6 +214,7 @@ def test_what_cannot_be_exported_is_refused_in_one_line(
         ([tmp_path / "none", out], "is no folder"),
         ([exports, out], "holds neither open_clip_config.json nor config.json"),
         ([broken, out], "is damaged: state.json is missing"),
+        ([broken / "checkpoints" / "step_00000002", out], "is damaged: state.json is missing"),
         ([sigmoid, out], "choose --to transformers"),
         ([classifier, out], "choose --to timm"),
         ([clip, out, "--to=tensorflow"], "tensorflow"),
@@ -176,5 +248,5 @@ def test_nothing_is_unpickled(
     shutil.copy(origin / config, folder)
     (folder / name).write_bytes(pickle.dumps(Trap()))
     line = refusal(capsys, folder, f"--out={tmp_path}/out")
-    assert "weights are read from safetensors only" in line
+    assert "only safetensors are read" in line
     assert not (tmp_path / "sprung").exists()

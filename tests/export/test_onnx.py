@@ -12,8 +12,10 @@ import pytest
 import torch
 
 from encoders.clip_model import build_clip, vision_config
+from encoders.export import onnx_folder
 from encoders.export.model import DualEncoder, ExportError
 from encoders.export.onnx_folder import write_onnx, write_tower
+from encoders.routers import ROUTERS, build_routed_layer
 from encoders.text_towers import build_tokenizer, open_clip_text_config, route_text_blocks
 
 TEST = "soft_moe_vit_test_patch16_64"
@@ -71,6 +73,62 @@ def test_sparse_routers_are_exported_image_by_image(tmp_path: Path, router: str)
     with torch.no_grad():
         alone = [model.model.encode_image(row[None], normalize=True) for row in images]
     assert (run(tmp_path / "image.onnx", images) - torch.cat(alone)).abs().max() < 1e-4
+
+
+NEEDED: dict[str, dict[str, Any]] = {
+    "identity": {"slots_per_expert": 4},  # for 16 tokens
+    "hierarchical_mixture": {"num_groups": 2},
+    "tokens_choice": {"top_k": 2, "group_size": 1},
+    "token_mixture": {
+        "router": "query", "weighting": "inputs_and_outputs", "residual_experts": True,
+    },
+}  # fmt: skip
+
+
+class Stack(torch.nn.Module):
+    """One layer of every router, one after the other: tokens (B, M, d) to (B, d)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = torch.nn.ModuleList(
+            build_routed_layer(name, 8, 4, 16, tokens=16, **NEEDED.get(name, {}))
+            for name in ROUTERS
+        )
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            tokens = tokens + layer(torch.nn.functional.layer_norm(tokens, (8,)))
+        return tokens.mean(1)
+
+
+def test_every_router_is_exported(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    stack = Stack().eval()
+    with torch.no_grad():
+        for parameter in stack.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(std=0.3)
+    write_tower(stack, torch.randn(2, 16, 8), "tokens", "embeds", tmp_path / "stack.onnx")
+    for size in (1, 7):
+        tokens = torch.randn(size, 16, 8)
+        with torch.no_grad():
+            expected = torch.nn.functional.normalize(stack(tokens), dim=-1)
+        assert (run(tmp_path / "stack.onnx", tokens) - expected).abs().max() < 1e-4
+
+
+def test_large_weights_lie_beside_the_graph(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(onnx_folder, "LARGEST", 1000)
+    torch.manual_seed(0)
+    layer, folder = torch.nn.Linear(64, 32), tmp_path / "partial"
+    folder.mkdir()
+    write_tower(layer, torch.randn(2, 64), "a", "b", folder / "large.onnx")
+    assert {path.name for path in folder.iterdir()} == {"large.onnx", "large.onnx.data"}
+    folder = folder.rename(tmp_path / "final")
+    with torch.no_grad():
+        expected = torch.nn.functional.normalize(layer(torch.ones(3, 64)), dim=-1)
+    assert (run(folder / "large.onnx", torch.ones(3, 64)) - expected).abs().max() < 1e-4
 
 
 def test_a_tower_that_onnx_cannot_hold_is_refused(tmp_path: Path) -> None:

@@ -36,6 +36,14 @@ def check_transformers(found: dict[str, Any]) -> None:
     assert found["scores"] <= 1e-5
 
 
+def check_vectors(report: dict[str, Any]) -> None:
+    for name in ("sigmoid", "bert"):
+        found = report[f"{name} sentence-transformers"]
+        assert max(found["image"], found["text"]) <= EQUAL
+        assert found["width"] == 8
+    assert max(report["bert onnx"].values()) <= 1e-4
+
+
 def test_the_installed_wheel_opens_all_of_them(installed: dict[str, Any], wheel: Path) -> None:
     assert installed["encoders"] == str(wheel / "site" / "encoders" / "__init__.py")
     for name in ("clip", "bert"):
@@ -51,10 +59,11 @@ def test_the_installed_wheel_opens_all_of_them(installed: dict[str, Any], wheel:
         assert max(found["pixels"], found["wrapped_pixels"]) <= EQUAL
     for name in ("clip", "sigmoid", "bert"):
         check_transformers(installed[f"{name} transformers"])
-    found = installed["sigmoid sentence-transformers"]
-    assert max(found["image"], found["text"]) <= EQUAL
-    assert found["width"] == 8
+    check_vectors(installed)
+    assert installed["classifier timm"] <= EQUAL
     assert not installed["remote code"]
+    assert {"model", "preprocess", "tokenizer"} <= set(installed["cards"]["open_clip"])
+    assert {"model", "transform"} <= set(installed["cards"]["timm"])
     assert "not supported" not in installed["stderr"]
 
 
@@ -62,5 +71,7 @@ def test_folders_for_transformers_bring_their_own_code(alone: dict[str, Any]) ->
     assert alone["found"] == alone["ours"] == []
     for name in ("clip", "sigmoid", "bert"):
         check_transformers(alone[f"{name} transformers"])
-    found = alone["sigmoid sentence-transformers"]
-    assert max(found["image"], found["text"]) <= EQUAL
+    check_vectors(alone)
+    results = {"transformers": "classify", "sentence-transformers": "similarity", "onnx": "text"}
+    for target, result in results.items():
+        assert result in alone["cards"][target]

@@ -7,16 +7,21 @@ from pathlib import Path
 
 from openers import (
     Expected,
+    from_onnx,
     from_open_clip,
     from_sentence_transformers,
     from_timm,
+    from_timm_classifier,
     from_transformers,
     leave,
+    run_card,
     tell,
 )
 
 root, exports = sys.argv[1], Path(sys.argv[2])
 leave(root)
+from safetensors.torch import load_file  # noqa: E402
+
 import encoders  # noqa: E402
 
 report = {"encoders": encoders.__file__}
@@ -31,7 +36,13 @@ import encoders.transformers_clip  # noqa: E402
 for name in ("clip", "sigmoid", "bert"):
     place = folders[name] / "transformers"
     report[f"{name} transformers"] = from_transformers(place, expected[name])
-place = folders["sigmoid"] / "sentence-transformers"
-report["sigmoid sentence-transformers"] = from_sentence_transformers(place, expected["sigmoid"])
+for name in ("sigmoid", "bert"):
+    place = folders[name] / "sentence-transformers"
+    report[f"{name} sentence-transformers"] = from_sentence_transformers(place, expected[name])
+report["bert onnx"] = from_onnx(folders["bert"] / "onnx", expected["bert"])
+logits = load_file(exports / "classifier" / "source" / "expected")
+report["classifier timm"] = from_timm_classifier(exports / "classifier" / "timm", logits)
 report["remote code"] = any(name.startswith("transformers_modules") for name in sys.modules)
+cards = (("bert", "open_clip"), ("sigmoid", "timm"))
+report["cards"] = {target: run_card(exports / name / target) for name, target in cards}
 tell(report)

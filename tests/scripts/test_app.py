@@ -17,6 +17,7 @@ from PIL import Image, ImageStat
 
 from contrastive.config import ImageTowerConfig
 from data_pipelines.picture_sets import open_picture_set
+from eval import page_server
 from eval.collection import build_collection
 from eval.embedder import Embedder
 from eval.open_model import open_model
@@ -266,7 +267,7 @@ def test_requests_that_no_browser_of_ours_sends(
     limit = 1 << 20
     playground = Playground(Embedder(open_model(str(run))))
     blocks = build_page(playground, PageOptions("title", [], [], ["{}"], limit), tmp_path)
-    site = web_app(lambda app: mount_page(app, blocks, limit), "127.0.0.1", limit)
+    site = web_app(lambda app: mount_page(app, blocks, limit), "127.0.0.1", limit, tmp_path)
     with TestClient(site, base_url="http://127.0.0.1") as client:
         first = client.get("/")
         assert first.status_code == 200
@@ -287,8 +288,18 @@ def test_requests_that_no_browser_of_ours_sends(
         for sizes, expected in (([1000], 200), ([limit + 1], 413), ([limit - 9] * 2, 413)):
             files = [("files", (f"{size}.png", b"0" * size)) for size in sizes]
             assert client.post("/gradio_api/upload", files=files).status_code == expected
+        monkeypatch.setattr(page_server, "KEPT", 3)
+        for number in range(7):  # of other contents, for gradio keeps equal ones once
+            content = bytes([number]) * (limit - 9)
+            client.post("/gradio_api/upload", files=[("files", (f"{number}.png", content))])
+            assert len(kept(tmp_path)) <= 4  # the three that may be there, and the new one
+        assert [path.name for path in kept(tmp_path)] == ["3.png", "4.png", "5.png", "6.png"]
         parts = (b"--b" for _ in range(2))  # of unknown length
         assert client.post("/gradio_api/upload", content=parts).status_code == 411
+
+
+def kept(folder: Path) -> list[Path]:
+    return sorted((path for path in folder.rglob("*.png")), key=lambda path: path.name)
 
 
 def test_only_uploads_are_read(run: Path, tmp_path: Path) -> None:
@@ -335,6 +346,24 @@ def test_what_cannot_be_shown_is_refused(
         ([str(run), "--imagse=x"], "did you mean 'images'"),
     ):
         assert problem in refusal(capsys, *arguments), arguments
+
+
+def test_what_to_install_for_the_page(
+    capsys: pytest.CaptureFixture[str], run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    assert "pip install 'softmoe-clip[app]'" in refusal(capsys, str(run))
+
+
+@pytest.mark.parametrize(
+    ("share", "shown"),
+    [
+        (1.0, "100.0 %"), (0.0005, "0.1 %"), (0.00049, "0.05 %"), (4.5e-5, "0.005 %"),
+        (1.1e-8, "0.000001 %"), (9e-9, "< 0.000001 %"), (0.0, "< 0.000001 %"),
+    ],
+)  # fmt: skip
+def test_small_shares_are_told_apart(share: float, shown: str) -> None:
+    assert percent(share) == shown
 
 
 def test_help_is_short_of_heavy_imports(run_python: RunPython) -> None:
