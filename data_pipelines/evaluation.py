@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from abc import abstractmethod
 from collections import Counter
@@ -21,15 +23,17 @@ from data_pipelines.shards import (
     expand_shards,
     index_shards,
 )
+from data_pipelines.sources import content_of
 from data_pipelines.stream import SkipSample, collate, without_stack
 from data_pipelines.training_pictures import read_picture
 from data_pipelines.transforms import eval_transform
 
 
 class SampleSet(Dataset[dict[str, Any]]):
-    """Numbered samples {image, number, key, captions, label, labels}, whatever they lie in.
+    """Numbered samples {image, sha256, number, key, captions, label, labels}, wherever they lie.
 
-    Subclasses give `__len__`, `__getitem__` and `fingerprint`.
+    `sha256` is of the picture's encoded bytes. Subclasses give `__len__`, `__getitem__`,
+    `fingerprint` and `version`.
     """
 
     transform: Callable[[Tensor], Tensor]
@@ -39,7 +43,12 @@ class SampleSet(Dataset[dict[str, Any]]):
 
     @abstractmethod
     def fingerprint(self) -> str:
-        """Hash that changes with the samples."""
+        """Hash that names the set, the same wherever it lies."""
+
+    @abstractmethod
+    def version(self) -> str:
+        """Hash that changes with any byte of the samples and with how they are read; empty where
+        that cannot be known."""
 
     def batches(
         self, batch_size: int, rank: int = 0, world: int = 1, workers: int = 0
@@ -131,10 +140,23 @@ class EvaluationSet(SampleSet):
             image = decode_rgb(data, self.max_pixels, self.exif_orientation)
         except (DecodeError, FieldError, SkipSample) as error:
             return {"number": index, "skipped": str(error)}
-        return fields | {"image": self.transform(image)}
+        digest = hashlib.sha256(data).hexdigest()
+        return fields | {"image": self.transform(image), "sha256": digest}
 
     def fingerprint(self) -> str:
         return self.index.fingerprint()
+
+    def version(self) -> str:
+        """Of local shards the content counts, of remote ones what their store calls the version."""
+        options = [
+            self.image_keys, self.caption_key, self.label_key, self.several, self.num_classes,
+            self.max_pixels, self.exif_orientation,
+        ]  # fmt: skip
+        versions = [content_of(path, self.index.reading) for path in self.index.paths]
+        if not all(versions):
+            return ""
+        text = json.dumps([options, self.fingerprint(), versions])
+        return hashlib.sha256(text.encode()).hexdigest()
 
     def label(self, index: int) -> int:
         """The label of a sample, or -1 where it cannot be read.

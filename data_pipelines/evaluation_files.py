@@ -47,27 +47,34 @@ class EntrySet(SampleSet):
             raise ShardError(f"'{source}' is an empty split: there is nothing to evaluate")
         self.entries, self.transform = entries, transform
         self.classnames = classnames or []
+        self._content = ""
 
     def __len__(self) -> int:
         return len(self.entries)
 
     def fingerprint(self) -> str:
-        """Hash of names, captions, labels and contents."""
-        digest = hashlib.sha256()
-        for entry in self.entries:
-            line = json.dumps([entry.key, entry.captions, entry.label])
-            digest.update(line.encode() + hashlib.sha256(entry.read()).digest())
-        return digest.hexdigest()[:16]
+        """Hash of names, captions, labels and contents, which are read once for it."""
+        if not self._content:
+            digest = hashlib.sha256()
+            for entry in self.entries:
+                line = json.dumps([entry.key, entry.captions, entry.label])
+                digest.update(line.encode() + hashlib.sha256(entry.read()).digest())
+            self._content = digest.hexdigest()[:16]
+        return self._content
+
+    def version(self) -> str:
+        return self.fingerprint()
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         entry = self.entries[index]
+        data = entry.read()
         try:
-            image = decode_rgb(entry.read())
+            image = decode_rgb(data)
         except DecodeError as error:
             return {"number": index, "skipped": str(error)}
         return {
             "number": index, "key": entry.key, "captions": entry.captions, "label": entry.label,
-            "image": self.transform(image),
+            "image": self.transform(image), "sha256": hashlib.sha256(data).hexdigest(),
         }  # fmt: skip
 
 

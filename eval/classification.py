@@ -55,9 +55,7 @@ class ClassificationEvaluator:
                 continue
             logits = model(normalize(batch["image"].to(device))).float().cpu()
             own = torch.tensor(batch["label"])
-            ranks.append(
-                class_ranks(logits, own[:, None] == torch.arange(self.num_classes))
-            )
+            ranks.append(class_ranks(logits, own[:, None] == torch.arange(self.num_classes)))
             labels.append(own)
         empty = torch.empty(0, dtype=torch.int64)
         all_ranks = gather_variable(torch.cat([empty, *ranks]))

@@ -9,6 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from eval import retrieval, zero_shot
 from eval.config import EvaluationSetConfig
 from eval.embedding import EmbeddedSet
 from eval.evaluation_sets import PlannedSet
@@ -39,10 +40,11 @@ def make_record(
         "split": config.split,
         "shards": config.shards or config.data,
         "shards_fingerprint": planned.test.fingerprint(),
+        "content_sha256": found.content(captions=task == "retrieval"),
         "preprocess": subject.preprocess,
         "precision": subject.precision,
         "weights_sha256": subject.weights_sha256,
-        "tie_rule": "index",
+        "tie_rule": retrieval.TIE_RULE if task == "retrieval" else zero_shot.TIE_RULE,
         "versions": {name: version(name) for name in ("torch", "open_clip_torch", "timm")},
         "details": measured.details,
     }

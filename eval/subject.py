@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from data_pipelines.transforms import eval_transform
 from encoders.pixels import Normalize
+from eval.embedder import PROBES
 from eval.image_tower import TIMM_FILE, open_image_tower
 from eval.open_model import OpenedModel, open_model
 
@@ -30,7 +32,8 @@ class Subject:
     of a transformers model, or empty. `transform` makes uint8 (3, H, W) what `encode_image` and
     `features` take in batches;
     `encode_image` and `encode_text` answer (B, d), `features` (B, f) before the projection;
-    both encoders are None for an image encoder.
+    both encoders are None for an image encoder. `fingerprint` is a hash of all that embeddings
+    depend on besides the inputs and the precision: weights, architecture, pixels and tokens.
     """
 
     name: str
@@ -40,6 +43,7 @@ class Subject:
     preprocess: dict[str, Any]
     transform: Callable[[Tensor], Tensor]
     features: Callable[[Tensor], Tensor]
+    fingerprint: str
     encode_image: Callable[[Tensor], Tensor] | None = None
     encode_text: Callable[[list[str]], Tensor] | None = None
     resize: Callable[[str | None], tuple[Callable[[Tensor], Tensor], dict[str, Any]]] | None = None
@@ -132,6 +136,7 @@ def from_opened(name: str, opened: OpenedModel, call: _Caller, precision: str) -
         opened.image_size, opened.resize_mode, opened.interpolation, opened.mean, opened.std
     )
     digest = weights_hash(model)
+    identity = [opened.description, opened.tokenizer(PROBES).tolist(), opened.mean, opened.std]
     return Subject(
         name,
         opened.source,
@@ -140,6 +145,7 @@ def from_opened(name: str, opened: OpenedModel, call: _Caller, precision: str) -
         {},
         _identity,
         features,
+        _fingerprint(model, digest, identity),
         encode_image,
         encode_text,
         resize,
@@ -160,7 +166,10 @@ def _image_subject(name: str, call: _Caller, precision: str) -> Subject:
 
     resize = _Resize(tower.image_size, "squash", "bicubic", tower.mean, tower.std)
     digest = weights_hash(model)
-    return Subject(name, tower.source, digest, precision, {}, _identity, features, resize=resize)
+    identity = _fingerprint(model, digest, [tower.name, tower.arguments, tower.mean, tower.std])
+    return Subject(
+        name, tower.source, digest, precision, {}, _identity, features, identity, resize=resize
+    )
 
 
 def _transformers_subject(name: str, call: _Caller, precision: str) -> Subject:
@@ -201,14 +210,18 @@ def _transformers_subject(name: str, call: _Caller, precision: str) -> Subject:
 
     settings = {"processor": type(processor).__name__, **processor.to_dict()}
     kept = {k: v for k, v in settings.items() if isinstance(v, str | int | float | list | dict)}
+    digest, config = weights_hash(model), model.config.to_dict()
+    config.pop("_name_or_path", None)
+    tokens = tokenizer(PROBES, truncation=True, max_length=length)["input_ids"]
     return Subject(
         name,
         name,
-        weights_hash(model),
+        digest,
         precision,
         kept,
         transform,
         features,
+        _fingerprint(model, digest, [config, tokens, padding]),
         encode_image,
         encode_text,
     )
@@ -240,6 +253,13 @@ class _Resize:
             "mean": list(self.mean),
             "std": list(self.std),
         }
+
+
+def _fingerprint(model: nn.Module, weights: str, identity: list[Any]) -> str:
+    """Hash of the weights' hash, the modules with their settings, and whatever else counts."""
+    modules = re.sub(" at 0x[0-9a-f]+", "", str(model))  # functions show their addresses
+    text = json.dumps([weights, modules, identity], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def weights_hash(model: nn.Module) -> str:
