@@ -104,7 +104,7 @@ def embed(
             {
                 "model": subject.name,
                 "source": subject.source,
-                "weights_sha256": subject.weights_sha256,
+                "weights_sha256": subject.identity.weights_sha256,
                 "precision": subject.precision,
                 "preprocess": subject.preprocess,
                 "set": samples.fingerprint(),
@@ -128,8 +128,9 @@ def cache_key(subject: Subject, samples: SampleSet, kinds: set[str]) -> str:
     version = samples.version()
     if not version:
         return ""
-    parts = [subject.fingerprint, subject.precision, subject.preprocess, sorted(kinds), version]
-    text = json.dumps([LAYOUT, *parts], sort_keys=True, default=str)
+    settings = [subject.precision, subject.preprocess, sorted(kinds)]
+    parts = [LAYOUT, subject.identity.fingerprint, version, *settings]
+    text = json.dumps(parts, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:24]
 
 

@@ -11,8 +11,7 @@ from pathlib import Path
 from data_pipelines.evaluation import EvaluationSet, SampleSet
 from data_pipelines.evaluation_files import hugging_face_set, image_folder, karpathy_split
 from eval.config import EvaluationSetConfig
-from eval.image_text import set_prompts
-from eval.prompts import read_classnames
+from eval.prompts import class_prompts, read_class_prompts, read_classnames, read_templates
 from eval.subject import Subject
 from eval.tasks import NEED_TEXT, NEED_TRAIN, TASKS
 
@@ -63,6 +62,25 @@ def plan_set(
     prompts = set_prompts(config, names) if "zero_shot_classification" in own else []
     name = config.name or Path(config.data or Path(config.shards).parent).name
     return PlannedSet(name, config, subject, own, names, prompts, test, train)
+
+
+def set_prompts(config: EvaluationSetConfig, classnames: list[str]) -> list[list[str]]:
+    """C lists of prompts from the templates or the prompt file of a set.
+
+    Raises:
+        ValueError: both are given, or what they hold is unusable.
+    """
+    templates = config.templates
+    if config.class_prompts:
+        if templates != EvaluationSetConfig().templates:
+            raise ValueError(
+                f"evaluation set '{config.shards}' has both templates and class_prompts: set one"
+            )
+        return read_class_prompts(config.class_prompts, classnames, config.canonicalize)
+    known = ("builtin:", "open_clip:")
+    if len(templates) == 1 and (templates[0].startswith(known) or Path(templates[0]).is_file()):
+        templates = read_templates(templates[0])
+    return class_prompts(classnames, templates, config.canonicalize)
 
 
 def complete(config: EvaluationSetConfig) -> EvaluationSetConfig:

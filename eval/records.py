@@ -43,7 +43,7 @@ def make_record(
         "content_sha256": found.content(captions=task == "retrieval"),
         "preprocess": subject.preprocess,
         "precision": subject.precision,
-        "weights_sha256": subject.weights_sha256,
+        "weights_sha256": subject.identity.weights_sha256,
         "tie_rule": retrieval.TIE_RULE if task == "retrieval" else zero_shot.TIE_RULE,
         "versions": {name: version(name) for name in ("torch", "open_clip_torch", "timm")},
         "details": measured.details,

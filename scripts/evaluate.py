@@ -9,8 +9,9 @@ accelerate launch --num_processes 8 -m scripts.evaluate --config FILE --model MO
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from eval.config import EvaluationSetConfig
 from scripts.cli import parse_config, run
@@ -25,6 +26,9 @@ class EvaluateRun:
     """A run directory, a checkpoint or export folder, or the name of an open_clip model."""
     pretrained: str | None = None
     """Weights tag or file, for open_clip names."""
+    weights: Literal["checkpoint", "average", "training"] = "checkpoint"
+    """Those that a checkpoint opens with, their moving average (of runs with train.ema_decay), or
+    those in training (where train.ema_export made the checkpoint open with the average)."""
     evaluation: list[EvaluationSetConfig] = field(default_factory=list)
     tasks: str = ""
     """Of sets that name none: zero_shot_classification, retrieval, few_shot, linear_probe, knn,
@@ -43,7 +47,8 @@ class EvaluateRun:
     shots: list[int] = field(default_factory=lambda: [10])
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     l2: list[float] = field(default_factory=lambda: [1024.0])
-    """Strengths of the few-shot probe; several are chosen from by the test accuracy."""
+    """Strengths of the few-shot probe; of several, each number of shots takes the one with the best
+    mean rank over all sets, by test accuracy."""
     neighbours: int = 20
     threads: int | None = None
     """CPU threads; null takes all cores."""
@@ -63,7 +68,7 @@ def evaluate(config: EvaluateRun) -> list[dict[str, Any]]:
     from tqdm import tqdm
 
     from eval.evaluation_sets import plan_set
-    from eval.measure import Outcome, measure_set
+    from eval.measure import measure_sets
     from eval.records import write_records
     from eval.results import write_results
     from eval.subject import open_subject
@@ -85,18 +90,14 @@ def evaluate(config: EvaluateRun) -> list[dict[str, Any]]:
     workers = 0  # on the CPU the model needs the cores
     if state.device.type != "cpu":
         workers = plan_cores(cores, state.num_processes, device_is_cpu=False).workers
-    subject = open_subject(config.model, config.pretrained, state.device, config.precision)
+    adjust = None if config.weights == "checkpoint" else _other_weights(config.weights)
+    subject = open_subject(config.model, config.pretrained, state.device, config.precision, adjust)
     tasks = [task.strip() for task in config.tasks.split(",") if task.strip()]
     # All before the first measurement: what is refused is refused at once.
     planned = [plan_set(item, subject, tasks) for item in sets]
     options = ProbeOptions(config.shots, config.seeds, config.l2, config.neighbours)
-    outcomes: list[Outcome] = []
     bar = tqdm(planned, unit="set", disable=None if state.is_main_process else True)
-    for item in bar:
-        bar.set_postfix_str(item.name)
-        outcomes += measure_set(
-            item, options, (config.model, config.pretrained), workers, config.cache
-        )
+    outcomes = measure_sets(bar, options, (config.model, config.pretrained), workers, config.cache)
     records = [outcome.record for outcome in outcomes]
     if state.is_main_process:
         _show(outcomes, planned)
@@ -107,6 +108,15 @@ def evaluate(config: EvaluateRun) -> list[dict[str, Any]]:
     if state.num_processes > 1:
         state.destroy_process_group()
     return records
+
+
+def _other_weights(which: str) -> Callable[[Any, str], None]:
+    """What puts the named state of a checkpoint's weights into a model."""
+    from pathlib import Path
+
+    from scripts.export_source import Source, choose_weights
+
+    return lambda model, source: choose_weights(model, Source(Path(source), None), which)
 
 
 def _show(outcomes: list[Any], planned: list[Any]) -> None:

@@ -136,7 +136,7 @@ def choose_weights(model: Any, source: Source, which: str) -> None:
         return
     if not average.is_file():
         raise ExportError(
-            f"'{source.folder}' has no averaged weights: train with --train.ema_decay, or export"
+            f"'{source.folder}' has no averaged weights: train with --train.ema_decay, or take"
             " --weights checkpoint"
         )
     tensors, whole = load_tensors(average), model.state_dict()
