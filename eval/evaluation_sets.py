@@ -70,17 +70,26 @@ def set_prompts(config: EvaluationSetConfig, classnames: list[str]) -> list[list
     Raises:
         ValueError: both are given, or what they hold is unusable.
     """
-    templates = config.templates
     if config.class_prompts:
-        if templates != EvaluationSetConfig().templates:
+        if config.templates != EvaluationSetConfig().templates:
             raise ValueError(
                 f"evaluation set '{config.shards}' has both templates and class_prompts: set one"
             )
         return read_class_prompts(config.class_prompts, classnames, config.canonicalize)
+    return class_prompts(classnames, set_templates(config), config.canonicalize)
+
+
+def set_templates(config: EvaluationSetConfig) -> list[str]:
+    """The templates of a set, read from where it names.
+
+    Raises:
+        ValueError: the file or its name is unusable.
+    """
+    templates = config.templates
     known = ("builtin:", "open_clip:")
     if len(templates) == 1 and (templates[0].startswith(known) or Path(templates[0]).is_file()):
-        templates = read_templates(templates[0])
-    return class_prompts(classnames, templates, config.canonicalize)
+        return read_templates(templates[0])
+    return templates
 
 
 def complete(config: EvaluationSetConfig) -> EvaluationSetConfig:

@@ -38,8 +38,8 @@ class EvaluateRun:
     output: str | None = None
     """JSON file for the figures; null prints them only."""
     results: str | None = None
-    """Folder for eval.jsonl, results.json, results.md, report.html and the outcome of each sample,
-    which scripts.compare_evaluations reads."""
+    """Folder for eval.jsonl, results.json, results.md, report.html, clip_benchmark/*.json and the
+    outcome of each sample, which scripts.compare_evaluations reads."""
     cache: str | None = None
     """Folder where embeddings are kept, in clip-retrieval's layout."""
     precision: str = "fp32"
@@ -70,7 +70,7 @@ def evaluate(config: EvaluateRun) -> list[dict[str, Any]]:
     from eval.evaluation_sets import plan_set
     from eval.measure import measure_sets
     from eval.records import write_records
-    from eval.results import write_results
+    from eval.results import check_folder, write_results
     from eval.subject import open_subject
     from eval.tasks import ProbeOptions
     from training.machine import available_cores, plan_cores
@@ -95,6 +95,9 @@ def evaluate(config: EvaluateRun) -> list[dict[str, Any]]:
     tasks = [task.strip() for task in config.tasks.split(",") if task.strip()]
     # All before the first measurement: what is refused is refused at once.
     planned = [plan_set(item, subject, tasks) for item in sets]
+    if config.results is not None:
+        names = [item.name for item in planned]
+        check_folder(config.results, subject.identity.weights_sha256, names)
     options = ProbeOptions(config.shots, config.seeds, config.l2, config.neighbours)
     bar = tqdm(planned, unit="set", disable=None if state.is_main_process else True)
     outcomes = measure_sets(bar, options, (config.model, config.pretrained), workers, config.cache)
@@ -122,11 +125,10 @@ def _other_weights(which: str) -> Callable[[Any, str], None]:
 def _show(outcomes: list[Any], planned: list[Any]) -> None:
     """Print the figures, and what they leave out."""
     from data_pipelines.shards import describe_skips
-    from eval.results import figure_rows
+    from eval.results import HEADER, figure_rows
     from eval.tables import text_table
 
-    rows = figure_rows([outcome.record for outcome in outcomes])
-    print(text_table(["set", "metric", "value", "95 % interval", "samples"], rows))
+    print(text_table(HEADER, figure_rows([outcome.record for outcome in outcomes])))
     for item in planned:
         skipped = next((o.found.skipped for o in outcomes if o.planned is item), None)
         if skipped:
