@@ -11,7 +11,13 @@ from pathlib import Path
 from data_pipelines.evaluation import EvaluationSet, SampleSet
 from data_pipelines.evaluation_files import hugging_face_set, image_folder, karpathy_split
 from eval.config import EvaluationSetConfig
-from eval.prompts import class_prompts, read_class_prompts, read_classnames, read_templates
+from eval.prompts import (
+    canonicalize_text,
+    class_prompts,
+    read_class_prompts,
+    read_classnames,
+    read_templates,
+)
 from eval.subject import Subject
 from eval.tasks import NEED_TEXT, NEED_TRAIN, TASKS
 
@@ -54,7 +60,10 @@ def plan_set(
     train = None
     if set(own) & NEED_TRAIN:
         train = _open(config, subject, config.train_split, config.train_shards, len(names), True)
-    names = names or list(getattr(test, "classnames", []))
+    own_names = list(getattr(test, "classnames", []))
+    if names and own_names:
+        _check_names(names, own_names, where)
+    names = names or own_names
     if labelled and not names:
         raise ValueError(f"evaluation set '{where}' has no class names: set classnames")
     if labelled:
@@ -177,6 +186,21 @@ def _open(
             label = "label"  # the usual name of the column
         return hugging_face_set(config.data, split, transform, label, config.caption_key)
     return image_folder(str(path / split if (path / split).is_dir() else path), transform)
+
+
+def _check_names(given: list[str], own: list[str], where: str) -> None:
+    """Class names that are given must be as many as the set's own, and in their order."""
+    if len(given) != len(own):
+        raise ValueError(
+            f"evaluation set '{where}' has {len(own)} classes, but classnames has {len(given)}"
+        )
+    one, two = ([canonicalize_text(name) for name in names] for names in (given, own))
+    if one != two and sorted(one) == sorted(two):
+        place = next(i for i, names in enumerate(zip(one, two, strict=True)) if len({*names}) > 1)
+        raise ValueError(
+            f"evaluation set '{where}' calls label {place} '{own[place]}', but classnames"
+            f" '{given[place]}': leave classnames out, or give them in the set's order"
+        )
 
 
 def _check_labels(samples: SampleSet, names: list[str], where: str) -> None:
