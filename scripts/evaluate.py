@@ -9,7 +9,6 @@ accelerate launch --num_processes 8 -m scripts.evaluate --config FILE --model MO
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -73,6 +72,7 @@ def evaluate(config: EvaluateRun) -> list[dict[str, Any]]:
     from eval.results import check_folder, write_results
     from eval.subject import open_subject
     from eval.tasks import ProbeOptions
+    from scripts.export_source import other_weights
     from training.machine import available_cores, plan_cores
 
     if not config.model:
@@ -90,8 +90,8 @@ def evaluate(config: EvaluateRun) -> list[dict[str, Any]]:
     workers = 0  # on the CPU the model needs the cores
     if state.device.type != "cpu":
         workers = plan_cores(cores, state.num_processes, device_is_cpu=False).workers
-    adjust = None if config.weights == "checkpoint" else _other_weights(config.weights)
-    subject = open_subject(config.model, config.pretrained, state.device, config.precision, adjust)
+    weights = other_weights(config.weights)
+    subject = open_subject(config.model, config.pretrained, state.device, config.precision, weights)
     tasks = [task.strip() for task in config.tasks.split(",") if task.strip()]
     # All before the first measurement: what is refused is refused at once.
     planned = [plan_set(item, subject, tasks) for item in sets]
@@ -111,15 +111,6 @@ def evaluate(config: EvaluateRun) -> list[dict[str, Any]]:
     if state.num_processes > 1:
         state.destroy_process_group()
     return records
-
-
-def _other_weights(which: str) -> Callable[[Any, str], None]:
-    """What puts the named state of a checkpoint's weights into a model."""
-    from pathlib import Path
-
-    from scripts.export_source import Source, choose_weights
-
-    return lambda model, source: choose_weights(model, Source(Path(source), None), which)
 
 
 def _show(outcomes: list[Any], planned: list[Any]) -> None:
