@@ -8,6 +8,7 @@ import re
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -158,16 +159,18 @@ class EvaluationSet(SampleSet):
         text = json.dumps([options, self.fingerprint(), versions])
         return hashlib.sha256(text.encode()).hexdigest()
 
-    def label(self, index: int) -> int:
-        """The label of a sample, or -1 where it cannot be read.
+    def check_labels(self) -> None:
+        """Read all labels; those that cannot be read are left to be skipped.
 
         Raises:
-            ShardError: it is out of range.
+            ShardError: one is out of range.
         """
-        try:
-            return -1 if self.label_key is None else self._label(index, self.label_key)
-        except FieldError:
-            return -1
+        if self.label_key is None:
+            return
+        read = self._labels if self.several else self._label
+        for index in range(len(self)):
+            with suppress(FieldError):
+                read(index, self.label_key)
 
     def _labels(self, index: int, label_key: str) -> list[int]:
         value = read_field(self.reader, index, label_key)

@@ -21,12 +21,12 @@ PICTURES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif"}
 
 @dataclass(frozen=True)
 class Entry:
-    """One sample: its name, how to read its bytes, its captions and its label or -1."""
+    """One sample: its name, how to read its bytes, its captions and its labels, if it has any."""
 
     key: str
     read: Callable[[], bytes]
     captions: list[str] = field(default_factory=list)
-    label: int = -1
+    labels: list[int] = field(default_factory=list)
 
 
 class EntrySet(SampleSet):
@@ -57,7 +57,7 @@ class EntrySet(SampleSet):
         if not self._content:
             digest = hashlib.sha256()
             for entry in self.entries:
-                line = json.dumps([entry.key, entry.captions, entry.label])
+                line = json.dumps([entry.key, entry.captions, entry.labels])
                 digest.update(line.encode() + hashlib.sha256(entry.read()).digest())
             self._content = digest.hexdigest()[:16]
         return self._content
@@ -73,27 +73,43 @@ class EntrySet(SampleSet):
         except DecodeError as error:
             return {"number": index, "skipped": str(error)}
         return {
-            "number": index, "key": entry.key, "captions": entry.captions, "label": entry.label,
+            "number": index, "key": entry.key, "captions": entry.captions, "labels": entry.labels,
             "image": self.transform(image), "sha256": hashlib.sha256(data).hexdigest(),
         }  # fmt: skip
 
 
-def image_folder(path: str, transform: Callable[[Tensor], Tensor]) -> EntrySet:
-    """Pictures in one subfolder per class; classes are in alphabetical order.
+def image_folder(
+    path: str, transform: Callable[[Tensor], Tensor], classes: list[str] | None = None
+) -> EntrySet:
+    """Pictures in one subfolder per class.
+
+    Args:
+        classes: names of the subfolders in label order; those that `path` has, sorted, by default.
 
     Raises:
-        ShardError: no subfolder with pictures.
+        ShardError: no subfolder, one that is not among `classes`, or no pictures.
     """
-    folders = sorted(p for p in Path(path).iterdir() if p.is_dir()) if Path(path).is_dir() else []
-    if not folders:
+    found = subfolders(path)
+    if not found:
         raise ShardError(f"'{path}' is no image folder: it needs one subfolder for each class")
+    classes = classes or found
+    unknown = [name for name in found if name not in classes]
+    if unknown:
+        raise ShardError(f"'{path}/{unknown[0]}' is none of the classes {', '.join(classes)}")
     entries = [
-        Entry(str(file.relative_to(path)), file.read_bytes, label=label)
-        for label, folder in enumerate(folders)
-        for file in sorted(folder.rglob("*"))
+        Entry(str(file.relative_to(path)), file.read_bytes, labels=[classes.index(folder)])
+        for folder in found
+        for file in sorted((Path(path) / folder).rglob("*"))
         if file.suffix.lower() in PICTURES
     ]
-    return EntrySet(path, entries, transform, [p.name.replace("_", " ") for p in folders])
+    return EntrySet(path, entries, transform, [name.replace("_", " ") for name in classes])
+
+
+def subfolders(path: str | Path) -> list[str]:
+    """Names of the folders in a folder, sorted; none where there is no folder."""
+    if not Path(path).is_dir():
+        return []
+    return sorted(p.name for p in Path(path).iterdir() if p.is_dir() and p.name[0] != ".")
 
 
 def hugging_face_set(
@@ -102,18 +118,24 @@ def hugging_face_set(
     transform: Callable[[Tensor], Tensor],
     label_key: str | None = None,
     caption_key: str | None = None,
+    several: bool = False,
 ) -> EntrySet:
     """A dataset saved by `datasets` (`save_to_disk`), or a folder or name that it loads.
 
-    The picture is the column of type Image; names of classes come from a ClassLabel column.
+    The picture is the column of type Image; names of classes come from a ClassLabel column. With
+    `several`, the label column may hold lists.
 
     Raises:
-        ShardError: no such split or columns.
+        ShardError: no such dataset, split or columns, or labels that are no integers.
     """
     import datasets
 
     saved = (Path(path) / "state.json").is_file() or (Path(path) / "dataset_dict.json").is_file()
-    loaded: Any = datasets.load_from_disk(path) if saved else datasets.load_dataset(path)
+    try:
+        loaded: Any = datasets.load_from_disk(path) if saved else datasets.load_dataset(path)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        reason = str(error).split("\n")[0]
+        raise ShardError(f"'{path}' is no folder and no dataset that loads: {reason}") from error
     if isinstance(loaded, dict):
         if split not in loaded:
             raise ShardError(f"'{path}' has no split '{split}': it has {', '.join(loaded)}")
@@ -140,10 +162,21 @@ def hugging_face_set(
         row = table[number] if len(table.column_names) else {}
         found = row[caption_key] if caption_key else []
         captions = [found] if isinstance(found, str) else list(found)
-        label = int(row[label_key]) if label_key else -1
-        entries.append(Entry(str(number), reader(number), captions, label))
-    names = getattr(columns.get(label_key), "names", None) if label_key else None
+        where = f"'{path}', {split}, row {number}, column '{label_key}'"
+        labels = _integers(row[label_key], where, several) if label_key else []
+        entries.append(Entry(str(number), reader(number), captions, labels))
+    column = columns.get(label_key) if label_key else None
+    names = getattr(getattr(column, "feature", column), "names", None)  # of a list: its entries'
     return EntrySet(f"{path}, {split}", entries, transform, names)
+
+
+def _integers(value: Any, where: str, several: bool) -> list[int]:
+    if isinstance(value, list) and not several:
+        raise ShardError(f"{where} holds a list: set label_kind to any or multi")
+    values = value if isinstance(value, list) else [value]
+    if not all(isinstance(entry, int) for entry in values):
+        raise ShardError(f"{where} holds {value!r}, no integer: make it a ClassLabel column")
+    return [entry for entry in values if entry >= 0]  # -1 stands for no label
 
 
 def karpathy_split(

@@ -9,7 +9,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from data_pipelines.evaluation import EvaluationSet, SampleSet
-from data_pipelines.evaluation_files import hugging_face_set, image_folder, karpathy_split
+from data_pipelines.evaluation_files import (
+    EntrySet,
+    hugging_face_set,
+    image_folder,
+    karpathy_split,
+    subfolders,
+)
+from data_pipelines.sources import is_remote
 from eval.config import EvaluationSetConfig
 from eval.prompts import (
     canonicalize_text,
@@ -51,23 +58,28 @@ def plan_set(
     """
     config = complete(config)
     own = config.tasks or tasks or _implied(config)
+    if "retrieval" in own and config.caption_key is None and config.shards:
+        config = replace(config, caption_key="txt")
     where = config.data or config.shards
     _check_tasks(own, config, subject, where)
     subject = subject.for_set(config.resize_mode)
     names = read_classnames(config.classnames) if config.classnames else []
     labelled = set(own) - {"retrieval"}
     test = _open(config, subject, config.split, config.shards, len(names), bool(labelled))
+    if "retrieval" in own and not _has_captions(test):
+        raise ValueError(f"evaluation set '{where}' has no captions: set caption_key for retrieval")
     train = None
     if set(own) & NEED_TRAIN:
         train = _open(config, subject, config.train_split, config.train_shards, len(names), True)
+        _check_apart(test, train, where)
     own_names = list(getattr(test, "classnames", []))
-    if names and own_names:
+    if names and own_names and labelled:
         _check_names(names, own_names, where)
     names = names or own_names
     if labelled and not names:
         raise ValueError(f"evaluation set '{where}' has no class names: set classnames")
-    if labelled:
-        _check_labels(test, names, where)
+    for samples in (test, train) if labelled else ():
+        _check_labels(samples, names, config.label_kind, where)
     prompts = set_prompts(config, names) if "zero_shot_classification" in own else []
     name = config.name or Path(config.data or Path(config.shards).parent).name
     return PlannedSet(name, config, subject, own, names, prompts, test, train)
@@ -184,8 +196,27 @@ def _open(
         label = config.label_key if labelled else None
         if label == EvaluationSetConfig().label_key:
             label = "label"  # the usual name of the column
-        return hugging_face_set(config.data, split, transform, label, config.caption_key)
-    return image_folder(str(path / split if (path / split).is_dir() else path), transform)
+        several = config.label_kind != "single"
+        return hugging_face_set(config.data, split, transform, label, config.caption_key, several)
+    if not (path / split).is_dir():
+        return image_folder(config.data, transform)
+    # A class without a picture in one split must not shift the labels of the others.
+    splits = (config.split, config.train_split)
+    folders = sorted({name for part in splits for name in subfolders(path / part)})
+    return image_folder(str(path / split), transform, folders)
+
+
+def _check_apart(test: SampleSet, train: SampleSet, where: str) -> None:
+    """Probes must not learn from the pictures that they are tested on."""
+    if isinstance(test, EvaluationSet) and isinstance(train, EvaluationSet):
+        same = bool({*test.index.paths} & {*train.index.paths})
+    else:
+        same = test.fingerprint() == train.fingerprint()
+    if same:
+        raise ValueError(
+            f"evaluation set '{where}' has one split for learning and testing: give it a"
+            " folder or a split for each (split, train_split, train_shards)"
+        )
 
 
 def _check_names(given: list[str], own: list[str], where: str) -> None:
@@ -203,15 +234,26 @@ def _check_names(given: list[str], own: list[str], where: str) -> None:
         )
 
 
-def _check_labels(samples: SampleSet, names: list[str], where: str) -> None:
-    """Labels that are known without decoding must have names."""
-    entries = getattr(samples, "entries", None)
-    highest = max((entry.label for entry in entries), default=-1) if entries else -1
-    if entries is None and isinstance(samples, EvaluationSet) and not samples.several:
-        for number in range(len(samples)):
-            samples.label(number)
-    if highest >= len(names):
-        raise ValueError(
-            f"evaluation set '{where}' has label {highest}, but there are {len(names)} classes:"
-            " give the names that belong to the labels"
-        )
+def _has_captions(samples: SampleSet) -> bool:
+    if isinstance(samples, EvaluationSet):
+        return samples.caption_key is not None
+    return not isinstance(samples, EntrySet) or any(entry.captions for entry in samples.entries)
+
+
+def _check_labels(samples: SampleSet | None, names: list[str], kind: str, where: str) -> None:
+    """Labels must have names; those of remote shards show when they are embedded."""
+    if isinstance(samples, EvaluationSet) and not any(map(is_remote, samples.index.paths)):
+        samples.check_labels()
+    if isinstance(samples, EntrySet):
+        bare = sum(not entry.labels for entry in samples.entries)
+        if bare and kind == "single":
+            raise ValueError(
+                f"{bare} of {len(samples)} samples of evaluation set '{where}' have no label: set"
+                " label_key, or a split that has labels"
+            )
+        highest = max((label for entry in samples.entries for label in entry.labels), default=-1)
+        if highest >= len(names):
+            raise ValueError(
+                f"evaluation set '{where}' has label {highest}, but there are {len(names)}"
+                " classes: give the names that belong to the labels"
+            )
