@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -23,15 +26,17 @@ from data_pipelines.shards import (
     expand_shards,
     index_shards,
 )
+from data_pipelines.sources import content_of
 from data_pipelines.stream import SkipSample, collate, without_stack
 from data_pipelines.training_pictures import read_picture
 from data_pipelines.transforms import eval_transform
 
 
 class SampleSet(Dataset[dict[str, Any]]):
-    """Numbered samples {image, number, key, captions, label, labels}, whatever they lie in.
+    """Numbered samples {image, sha256, number, key, captions, label, labels}, wherever they lie.
 
-    Subclasses give `__len__`, `__getitem__` and `fingerprint`.
+    `sha256` is of the picture's encoded bytes. Subclasses give `__len__`, `__getitem__`,
+    `fingerprint` and `version`.
     """
 
     transform: Callable[[Tensor], Tensor]
@@ -43,7 +48,12 @@ class SampleSet(Dataset[dict[str, Any]]):
 
     @abstractmethod
     def fingerprint(self) -> str:
-        """Hash that changes with the samples."""
+        """Hash that names the set, the same wherever it lies."""
+
+    @abstractmethod
+    def version(self) -> str:
+        """Hash that changes with any byte of the samples and with how they are read; empty where
+        that cannot be known."""
 
     def batches(
         self, batch_size: int, rank: int = 0, world: int = 1, workers: int = 0
@@ -146,21 +156,36 @@ class EvaluationSet(SampleSet):
             image = decode_rgb(data, self.max_pixels, self.exif_orientation)
         except (DecodeError, FieldError, SkipSample) as error:
             return {"number": index, "skipped": str(error)}
-        return fields | {"image": self.transform(image)}
+        digest = hashlib.sha256(data).hexdigest()
+        return fields | {"image": self.transform(image), "sha256": digest}
 
     def fingerprint(self) -> str:
         return self.index.fingerprint()
 
-    def label(self, index: int) -> int:
-        """The label of a sample, or -1 where it cannot be read.
+    def version(self) -> str:
+        """Of local shards the content counts, of remote ones what their store calls the version."""
+        options = [
+            self.image_keys, self.caption_key, self.label_key, self.several, self.num_classes,
+            self.max_pixels, self.exif_orientation,
+        ]  # fmt: skip
+        versions = [content_of(path, self.index.reading) for path in self.index.paths]
+        if not all(versions):
+            return ""
+        text = json.dumps([options, self.fingerprint(), versions])
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def check_labels(self) -> None:
+        """Read all labels; those that cannot be read are left to be skipped.
 
         Raises:
-            ShardError: it is out of range.
+            ShardError: one is out of range.
         """
-        try:
-            return -1 if self.label_key is None else self._label(index, self.label_key)
-        except FieldError:
-            return -1
+        if self.label_key is None:
+            return
+        read = self._labels if self.several else self._label
+        for index in range(len(self)):
+            with suppress(FieldError):
+                read(index, self.label_key)
 
     def _labels(self, index: int, label_key: str) -> list[int]:
         value = read_field(self.reader, index, label_key)

@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,12 +22,12 @@ PICTURES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif"}
 
 @dataclass(frozen=True)
 class Entry:
-    """One sample: its name, how to read its bytes, its captions and its label or -1."""
+    """One sample: its name, how to read its bytes, its captions and its labels, if it has any."""
 
     key: str
     read: Callable[[], bytes]
     captions: list[str] = field(default_factory=list)
-    label: int = -1
+    labels: list[int] = field(default_factory=list)
 
 
 class EntrySet(SampleSet):
@@ -48,46 +48,69 @@ class EntrySet(SampleSet):
             raise ShardError(f"'{source}' is an empty split: there is nothing to evaluate")
         self.entries, self.transform = entries, transform
         self.classnames = classnames or []
+        self._content = ""
 
     def __len__(self) -> int:
         return len(self.entries)
 
     def fingerprint(self) -> str:
-        """Hash of names, captions, labels and contents."""
-        digest = hashlib.sha256()
-        for entry in self.entries:
-            line = json.dumps([entry.key, entry.captions, entry.label])
-            digest.update(line.encode() + hashlib.sha256(entry.read()).digest())
-        return digest.hexdigest()[:16]
+        """Hash of names, captions, labels and contents, which are read once for it."""
+        if not self._content:
+            digest = hashlib.sha256()
+            for entry in self.entries:
+                line = json.dumps([entry.key, entry.captions, entry.labels])
+                digest.update(line.encode() + hashlib.sha256(entry.read()).digest())
+            self._content = digest.hexdigest()[:16]
+        return self._content
+
+    def version(self) -> str:
+        return self.fingerprint() + "-upright" * self.exif_orientation
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         entry = self.entries[index]
+        data = entry.read()
         try:
-            image = decode_rgb(entry.read(), exif_orientation=self.exif_orientation)
+            image = decode_rgb(data, exif_orientation=self.exif_orientation)
         except DecodeError as error:
             return {"number": index, "skipped": str(error)}
         return {
-            "number": index, "key": entry.key, "captions": entry.captions, "label": entry.label,
-            "image": self.transform(image),
+            "number": index, "key": entry.key, "captions": entry.captions, "labels": entry.labels,
+            "image": self.transform(image), "sha256": hashlib.sha256(data).hexdigest(),
         }  # fmt: skip
 
 
-def image_folder(path: str, transform: Callable[[Tensor], Tensor]) -> EntrySet:
-    """Pictures in one subfolder per class; classes are in alphabetical order.
+def image_folder(
+    path: str, transform: Callable[[Tensor], Tensor], classes: list[str] | None = None
+) -> EntrySet:
+    """Pictures in one subfolder per class.
+
+    Args:
+        classes: names of the subfolders in label order; those that `path` has, sorted, by default.
 
     Raises:
-        ShardError: no subfolder with pictures.
+        ShardError: no subfolder, one that is not among `classes`, or no pictures.
     """
-    folders = sorted(p for p in Path(path).iterdir() if p.is_dir()) if Path(path).is_dir() else []
-    if not folders:
+    found = subfolders(path)
+    if not found:
         raise ShardError(f"'{path}' is no image folder: it needs one subfolder for each class")
+    classes = classes or found
+    unknown = [name for name in found if name not in classes]
+    if unknown:
+        raise ShardError(f"'{path}/{unknown[0]}' is none of the classes {', '.join(classes)}")
     entries = [
-        Entry(str(file.relative_to(path)), file.read_bytes, label=label)
-        for label, folder in enumerate(folders)
-        for file in sorted(folder.rglob("*"))
+        Entry(str(file.relative_to(path)), file.read_bytes, labels=[classes.index(folder)])
+        for folder in found
+        for file in sorted((Path(path) / folder).rglob("*"))
         if file.suffix.lower() in PICTURES
     ]
-    return EntrySet(path, entries, transform, [p.name.replace("_", " ") for p in folders])
+    return EntrySet(path, entries, transform, [name.replace("_", " ") for name in classes])
+
+
+def subfolders(path: str | Path) -> list[str]:
+    """Names of the folders in a folder, sorted; none where there is no folder."""
+    if not Path(path).is_dir():
+        return []
+    return sorted(p.name for p in Path(path).iterdir() if p.is_dir() and p.name[0] != ".")
 
 
 def hugging_face_set(
@@ -97,19 +120,26 @@ def hugging_face_set(
     label_key: str | None = None,
     caption_key: str | None = None,
     classnames: Sequence[str] = (),
+    several: bool = False,
 ) -> EntrySet:
     """A dataset saved by `datasets` (`save_to_disk`), or a folder or name that it loads.
 
     The picture is the column of type Image; names of classes come from a ClassLabel column. Labels
-    that are names without it become their places in `classnames`.
+    that are names without it become their places in `classnames`. With `several`, the label column
+    may hold lists.
 
     Raises:
-        ShardError: no such split or columns, or a label that is neither a number nor a name.
+        ShardError: no such dataset, split or columns, or a label that is neither a number nor a
+            name.
     """
     import datasets
 
     saved = (Path(path) / "state.json").is_file() or (Path(path) / "dataset_dict.json").is_file()
-    loaded: Any = datasets.load_from_disk(path) if saved else datasets.load_dataset(path)
+    try:
+        loaded: Any = datasets.load_from_disk(path) if saved else datasets.load_dataset(path)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        reason = str(error).split("\n")[0]
+        raise ShardError(f"'{path}' is no folder and no dataset that loads: {reason}") from error
     if isinstance(loaded, dict):
         if split not in loaded:
             raise ShardError(f"'{path}' has no split '{split}': it has {', '.join(loaded)}")
@@ -136,19 +166,25 @@ def hugging_face_set(
         row = table[number] if len(table.column_names) else {}
         found = row[caption_key] if caption_key else []
         captions = [found] if isinstance(found, str) else list(found)
-        label = _label(row[label_key], numbers, path) if label_key else -1
-        entries.append(Entry(str(number), reader(number), captions, label))
-    names = getattr(columns.get(label_key), "names", None) if label_key else None
+        where = f"'{path}', {split}, row {number}, column '{label_key}'"
+        labels = _labels(row[label_key], numbers, where, several) if label_key else []
+        entries.append(Entry(str(number), reader(number), captions, labels))
+    column = columns.get(label_key) if label_key else None
+    names = getattr(getattr(column, "feature", column), "names", None)  # of a list: its entries'
     return EntrySet(f"{path}, {split}", entries, transform, names)
 
 
-def _label(value: object, numbers: ClassNumbers, path: str) -> int:
-    try:
-        return int(cast(Any, numbers(value)))
-    except (TypeError, ValueError) as error:
+def _labels(value: Any, numbers: ClassNumbers, where: str, several: bool) -> list[int]:
+    if isinstance(value, list) and not several:
+        raise ShardError(f"{where} holds a list: set label_kind to any or multi")
+    values = [numbers(entry) for entry in (value if isinstance(value, list) else [value])]
+    found = [entry for entry in values if isinstance(entry, int)]
+    if len(found) < len(values):
         raise ShardError(
-            f"'{path}' has the label '{value}', which is neither a number nor one of classnames"
-        ) from error
+            f"{where} holds {value!r}, which is neither a number nor one of classnames: name the"
+            " classes, or make it a ClassLabel column"
+        )
+    return [entry for entry in found if entry >= 0]  # -1 stands for no label
 
 
 def karpathy_split(

@@ -7,6 +7,8 @@ Nothing here reads more than it is asked for, and no failure is final before it 
 from __future__ import annotations
 
 import errno
+import functools
+import hashlib
 import os
 import tarfile
 import time
@@ -100,6 +102,24 @@ def stamp_of(path: str, reading: ReadingConfig) -> Stamp:
         return Stamp(int(info["size"]), tag)
 
     return retried(ask, reading)
+
+
+def content_of(path: str, reading: ReadingConfig) -> str:
+    """Hash of the content of a file; of a remote one its size and mark, empty without a mark.
+
+    Raises:
+        ReadError: it is not there or cannot be asked.
+    """
+    stamp = stamp_of(path, reading)
+    if is_remote(path):
+        return f"{stamp.size} {stamp.tag}" if stamp.tag else ""
+    return _hash_file(path, stamp)
+
+
+@functools.lru_cache(maxsize=4096)
+def _hash_file(path: str, stamp: Stamp) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_range(path: str, offset: int, length: int, reading: ReadingConfig) -> bytes:

@@ -12,8 +12,7 @@ from data_pipelines.evaluation import EvaluationSet
 from encoders.pixels import Normalize
 from eval.config import EvaluationSetConfig
 from eval.gather import gather_counts, gather_variable, process
-from eval.retrieval import ranks_from_similarity
-from eval.zero_shot import accuracy_from_ranks
+from eval.zero_shot import accuracy_from_ranks, class_ranks
 
 
 class ClassificationEvaluator:
@@ -57,9 +56,7 @@ class ClassificationEvaluator:
                 continue
             logits = model(normalize(batch["image"].to(device))).float().cpu()
             own = torch.tensor(batch["label"])
-            ranks.append(
-                ranks_from_similarity(logits, own[:, None] == torch.arange(self.num_classes))
-            )
+            ranks.append(class_ranks(logits, own[:, None] == torch.arange(self.num_classes)))
             labels.append(own)
         empty = torch.empty(0, dtype=torch.int64)
         all_ranks = gather_variable(torch.cat([empty, *ranks]))

@@ -34,7 +34,8 @@ def comparison_table(folders: list[str]) -> str:
     rows = []
     for key in shared:
         records = [run[key] for run in runs]
-        if len({record["shards_fingerprint"] for record in records}) > 1:
+        marks = ("shards_fingerprint", "content_sha256")
+        if any(len({record.get(mark) for record in records}) > 1 for mark in marks):
             raise ValueError(f"{key[0]}: the results are of different samples; evaluate them again")
         rows += _rows(records, [Path(folder) for folder in folders])
     names = [record["model"] for record in (run[shared[0]] for run in runs)]

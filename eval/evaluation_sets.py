@@ -9,10 +9,22 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from data_pipelines.evaluation import EvaluationSet, SampleSet
-from data_pipelines.evaluation_files import hugging_face_set, image_folder, karpathy_split
+from data_pipelines.evaluation_files import (
+    EntrySet,
+    hugging_face_set,
+    image_folder,
+    karpathy_split,
+    subfolders,
+)
+from data_pipelines.sources import is_remote
 from eval.config import EvaluationSetConfig
-from eval.image_text import set_prompts
-from eval.prompts import read_classnames
+from eval.prompts import (
+    canonicalize_text,
+    class_prompts,
+    read_class_prompts,
+    read_classnames,
+    read_templates,
+)
 from eval.subject import Subject
 from eval.tasks import NEED_TEXT, NEED_TRAIN, TASKS
 
@@ -46,6 +58,8 @@ def plan_set(
     """
     config = complete(config)
     own = config.tasks or tasks or _implied(config)
+    if "retrieval" in own and config.caption_key is None and config.shards:
+        config = replace(config, caption_key="txt")
     where = config.data or config.shards
     _check_tasks(own, config, subject, where)
     subject = subject.for_set(config.resize_mode)
@@ -53,18 +67,52 @@ def plan_set(
     labelled = set(own) - {"retrieval"}
     test = _open(config, subject, config.split, config.shards, len(names), bool(labelled))
     test.exif_orientation = config.exif_orientation
+    if "retrieval" in own and not _has_captions(test):
+        raise ValueError(f"evaluation set '{where}' has no captions: set caption_key for retrieval")
     train = None
     if set(own) & NEED_TRAIN:
         train = _open(config, subject, config.train_split, config.train_shards, len(names), True)
         train.exif_orientation = config.exif_orientation
-    names = names or list(getattr(test, "classnames", []))
+        _check_apart(test, train, where)
+    own_names = list(getattr(test, "classnames", []))
+    if names and own_names and labelled:
+        _check_names(names, own_names, where)
+    names = names or own_names
     if labelled and not names:
         raise ValueError(f"evaluation set '{where}' has no class names: set classnames")
-    if labelled:
-        _check_labels(test, names, where)
+    for samples in (test, train) if labelled else ():
+        _check_labels(samples, names, config.label_kind, where)
     prompts = set_prompts(config, names) if "zero_shot_classification" in own else []
     name = config.name or Path(config.data or Path(config.shards).parent).name
     return PlannedSet(name, config, subject, own, names, prompts, test, train)
+
+
+def set_prompts(config: EvaluationSetConfig, classnames: list[str]) -> list[list[str]]:
+    """C lists of prompts from the templates or the prompt file of a set.
+
+    Raises:
+        ValueError: both are given, or what they hold is unusable.
+    """
+    if config.class_prompts:
+        if config.templates != EvaluationSetConfig().templates:
+            raise ValueError(
+                f"evaluation set '{config.shards}' has both templates and class_prompts: set one"
+            )
+        return read_class_prompts(config.class_prompts, classnames, config.canonicalize)
+    return class_prompts(classnames, set_templates(config), config.canonicalize)
+
+
+def set_templates(config: EvaluationSetConfig) -> list[str]:
+    """The templates of a set, read from where it names.
+
+    Raises:
+        ValueError: the file or its name is unusable.
+    """
+    templates = config.templates
+    known = ("builtin:", "open_clip:")
+    if len(templates) == 1 and (templates[0].startswith(known) or Path(templates[0]).is_file()):
+        return read_templates(templates[0])
+    return templates
 
 
 def complete(config: EvaluationSetConfig) -> EvaluationSetConfig:
@@ -151,19 +199,66 @@ def _open(
         if label == EvaluationSetConfig().label_key:
             label = "label"  # the usual name of the column
         names = read_classnames(config.classnames) if config.classnames else []
-        return hugging_face_set(config.data, split, transform, label, config.caption_key, names)
-    return image_folder(str(path / split if (path / split).is_dir() else path), transform)
-
-
-def _check_labels(samples: SampleSet, names: list[str], where: str) -> None:
-    """Labels that are known without decoding must have names."""
-    entries = getattr(samples, "entries", None)
-    highest = max((entry.label for entry in entries), default=-1) if entries else -1
-    if entries is None and isinstance(samples, EvaluationSet) and not samples.several:
-        for number in range(len(samples)):
-            samples.label(number)
-    if highest >= len(names):
-        raise ValueError(
-            f"evaluation set '{where}' has label {highest}, but there are {len(names)} classes:"
-            " give the names that belong to the labels"
+        several = config.label_kind != "single"
+        return hugging_face_set(
+            config.data, split, transform, label, config.caption_key, names, several
         )
+    if not (path / split).is_dir():
+        return image_folder(config.data, transform)
+    # A class without a picture in one split must not shift the labels of the others.
+    splits = (config.split, config.train_split)
+    folders = sorted({name for part in splits for name in subfolders(path / part)})
+    return image_folder(str(path / split), transform, folders)
+
+
+def _check_apart(test: SampleSet, train: SampleSet, where: str) -> None:
+    """Probes must not learn from the pictures that they are tested on."""
+    if isinstance(test, EvaluationSet) and isinstance(train, EvaluationSet):
+        same = bool({*test.index.paths} & {*train.index.paths})
+    else:
+        same = test.fingerprint() == train.fingerprint()
+    if same:
+        raise ValueError(
+            f"evaluation set '{where}' has one split for learning and testing: give it a"
+            " folder or a split for each (split, train_split, train_shards)"
+        )
+
+
+def _check_names(given: list[str], own: list[str], where: str) -> None:
+    """Class names that are given must be as many as the set's own, and in their order."""
+    if len(given) != len(own):
+        raise ValueError(
+            f"evaluation set '{where}' has {len(own)} classes, but classnames has {len(given)}"
+        )
+    one, two = ([canonicalize_text(name) for name in names] for names in (given, own))
+    if one != two and sorted(one) == sorted(two):
+        place = next(i for i, names in enumerate(zip(one, two, strict=True)) if len({*names}) > 1)
+        raise ValueError(
+            f"evaluation set '{where}' calls label {place} '{own[place]}', but classnames"
+            f" '{given[place]}': leave classnames out, or give them in the set's order"
+        )
+
+
+def _has_captions(samples: SampleSet) -> bool:
+    if isinstance(samples, EvaluationSet):
+        return samples.caption_key is not None
+    return not isinstance(samples, EntrySet) or any(entry.captions for entry in samples.entries)
+
+
+def _check_labels(samples: SampleSet | None, names: list[str], kind: str, where: str) -> None:
+    """Labels must have names; those of remote shards show when they are embedded."""
+    if isinstance(samples, EvaluationSet) and not any(map(is_remote, samples.index.paths)):
+        samples.check_labels()
+    if isinstance(samples, EntrySet):
+        bare = sum(not entry.labels for entry in samples.entries)
+        if bare and kind == "single":
+            raise ValueError(
+                f"{bare} of {len(samples)} samples of evaluation set '{where}' have no label: set"
+                " label_key, or a split that has labels"
+            )
+        highest = max((label for entry in samples.entries for label in entry.labels), default=-1)
+        if highest >= len(names):
+            raise ValueError(
+                f"evaluation set '{where}' has label {highest}, but there are {len(names)}"
+                " classes: give the names that belong to the labels"
+            )

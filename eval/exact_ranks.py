@@ -22,7 +22,9 @@ CLOSE = 8  # a tile of which more than one in CLOSE is undecided is multiplied i
 
 
 class PairRanks(NamedTuple):
-    """0-based ranks of the M matching pairs; of equal scores, what stands earlier ranks first.
+    """0-based ranks of the M matching pairs; of equal scores, what does not match ranks first.
+
+    Of captions of one image that score the same, the earlier ranks first.
 
     Attributes:
         text: (M,) int64, the rank of text j among all texts, for the image that it describes.
@@ -132,18 +134,23 @@ class _Ranker:
     def _decide(
         self, close: Tensor, queries: Tensor, own: Tensor, right: Tensor, start: int, pairs: object
     ) -> Tensor:
-        """Of the marked columns (Q, P), how many rank ahead, by exact scores and then by place."""
+        """Of the marked columns (Q, P), how many rank ahead by exact scores."""
         columns = torch.arange(start, start + close.shape[1], device=close.device)
-        before = columns < right[:, None]
+        # What loses a tie: the pair itself, and captions of the same image that stand behind it.
+        behind = columns >= right[:, None]
+        if pairs is None:
+            behind &= columns <= right[:, None]
+        else:
+            behind &= self.owners[columns] == queries[:, None]
         if close.sum() * CLOSE > close.numel():
             sources = (self.texts, self.images) if pairs is None else (self.images, self.texts)
             pool = sources[1][start : start + close.shape[1]].double()
             exact = (sources[0][queries].double() @ pool.T).float()
-            return _count(close & ((exact > own[:, None]) | ((exact == own[:, None]) & before)))
+            return _count(close & ((exact > own[:, None]) | ((exact == own[:, None]) & ~behind)))
         row, column = close.nonzero(as_tuple=True)
         there = queries[row], columns[column]
         exact = self._products(*(there[::-1] if pairs is None else there))
-        wins = (exact > own[row]) | ((exact == own[row]) & before[row, column])
+        wins = (exact > own[row]) | ((exact == own[row]) & ~behind[row, column])
         return torch.bincount(row[wins], minlength=len(queries))
 
 

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from eval.measurement import Measurement
-from eval.retrieval import ranks_from_similarity
 from eval.statistics import bootstrap_class_mean
+from eval.zero_shot import class_ranks
 
 CHUNK = 4096
 WORST = 10
@@ -78,7 +78,7 @@ def label_ranks(scores: Tensor, sets: Tensor) -> Tensor:
     """0-based rank (N,) of the best of each sample's labels (N, L), padded with -1."""
     columns = torch.arange(scores.shape[1])
     ranks = [
-        ranks_from_similarity(part, (own[:, :, None] == columns).any(1))
+        class_ranks(part, (own[:, :, None] == columns).any(1))
         for part, own in zip(scores.split(CHUNK), sets.split(CHUNK), strict=True)
     ]
     return torch.cat(ranks)

@@ -25,7 +25,8 @@ class OpenedModel:
     """A model in eval mode with what its inputs need.
 
     `image_size` in pixels, `mean` and `std` of its pixels, `resize_mode` and `interpolation` as the
-    model was trained with, and `source`, the folder or name that was opened.
+    model was trained with, `source`, the folder or name that was opened, and `description`, what
+    the model is built from besides its weights.
     """
 
     model: Any
@@ -36,6 +37,7 @@ class OpenedModel:
     resize_mode: str
     interpolation: str
     source: str
+    description: str = ""
 
 
 def open_model(model: str, pretrained: str | None = None) -> OpenedModel:
@@ -84,6 +86,7 @@ def open_model(model: str, pretrained: str | None = None) -> OpenedModel:
         settings["resize_mode"],
         interpolation,
         str(folder or model),
+        model if description is None else json.dumps(description["model_cfg"], sort_keys=True),
     )
 
 

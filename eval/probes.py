@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 SMALL = 5_000  # training pictures up to which logistic regression is solved, not descended
 STRENGTHS = tuple(10.0**power for power in range(-4, 2))
+STEPS = 500  # of the descent at least, however few the pictures
 HELD_OUT = 0.2  # of the training pictures, to choose the strength by
 Features = tuple[Tensor, Tensor]
 
@@ -110,18 +111,21 @@ def _descend(
     classes: int,
     strength: float,
     seed: int,
-    epochs: int = 20,
     batch: int = 1024,
 ) -> Any:
     """Multinomial regression by Adam; the squared norm counts 1 / (2 C N)."""
     generator = torch.Generator().manual_seed(seed)
-    weight = nn.Parameter(torch.zeros(classes, features.shape[1]))
-    bias = nn.Parameter(torch.zeros(classes))
-    steps = epochs * -(-len(features) // batch)
-    optimizer = torch.optim.Adam([weight, bias], lr=1e-2)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    steps_of_epoch = -(-len(features) // batch)
+    epochs = max(20, -(-STEPS // steps_of_epoch))
     penalty = 0.5 / (strength * len(features))
-    with torch.enable_grad(), torch.inference_mode(False):
+    # Evaluations in training run in inference mode, whose tensors gradients cannot pass.
+    with torch.inference_mode(False), torch.enable_grad():
+        features, labels = features.clone(), labels.clone()
+        weight = nn.Parameter(torch.zeros(classes, features.shape[1]))
+        bias = nn.Parameter(torch.zeros(classes))
+        optimizer = torch.optim.Adam([weight, bias], lr=1e-2)
+        steps = epochs * steps_of_epoch
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
         for _ in range(epochs):
             for rows in torch.randperm(len(features), generator=generator).split(batch):
                 logits = F.linear(features[rows], weight, bias)

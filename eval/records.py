@@ -9,9 +9,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from eval import retrieval, zero_shot
 from eval.config import EvaluationSetConfig
 from eval.embedding import EmbeddedSet
-from eval.evaluation_sets import PlannedSet
+from eval.evaluation_sets import PlannedSet, set_templates
 from eval.measurement import Measurement
 from eval.tasks import NAMES
 
@@ -39,10 +40,11 @@ def make_record(
         "split": config.split,
         "shards": config.shards or config.data,
         "shards_fingerprint": planned.test.fingerprint(),
+        "content_sha256": found.content(captions=task == "retrieval"),
         "preprocess": subject.preprocess | {"exif_orientation": config.exif_orientation},
         "precision": subject.precision,
-        "weights_sha256": subject.weights_sha256,
-        "tie_rule": "index",
+        "weights_sha256": subject.identity.weights_sha256,
+        "tie_rule": retrieval.TIE_RULE if task == "retrieval" else zero_shot.TIE_RULE,
         "versions": {name: version(name) for name in ("torch", "open_clip_torch", "timm")},
         "details": measured.details,
     }
@@ -50,15 +52,16 @@ def make_record(
         record |= {
             "n_classes": len(planned.prompts),
             **_prompt_source(config),
+            "prompts_sha256": hashlib.sha256(json.dumps(planned.prompts).encode()).hexdigest(),
             "canonicalize": config.canonicalize,
         }
     return record
 
 
 def _prompt_source(config: EvaluationSetConfig) -> dict[str, Any]:
-    """The templates, or the name of the file of prompts and a hash of its content."""
+    """The templates and where they are from, or the file of prompts and a hash of its content."""
     if not config.class_prompts:
-        return {"templates": config.templates}
+        return {"templates": set_templates(config), "templates_from": config.templates}
     digest = hashlib.sha256(Path(config.class_prompts).read_bytes()).hexdigest()
     return {"class_prompts": config.class_prompts, "class_prompts_sha256": digest}
 

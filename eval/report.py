@@ -21,12 +21,13 @@ import numpy as np
 from PIL import Image
 
 from eval.report_charts import chart, smooth
-from eval.report_data import Curve, ImageQuery, Picture, Report, Table, TextQuery
+from eval.report_data import Curve, ImageQuery, Matrix, Picture, Report, Table, TextQuery
 from eval.report_style import CSS
 
 __all__ = [
     "Curve",
     "ImageQuery",
+    "Matrix",
     "Picture",
     "Report",
     "Table",
@@ -97,7 +98,8 @@ def _page(report: Report) -> str:
     if curves:
         curves = f'<p class="note">Beside each name is its last value.</p>{curves}'
     parts: list[tuple[str, str, str]] = [
-        ("results", "Results", "".join(map(_table, report.tables))),
+        ("results", "Results", _columns(map(_table, report.tables))),
+        ("confusion", "What is taken for what", _columns(map(_matrix, report.matrices))),
         ("text-to-image", "Pictures found by caption", by_caption),
         ("image-to-text", "Captions found by picture", by_picture),
         ("curves", "Curves", curves),
@@ -145,6 +147,12 @@ def _pair(figures: Iterable[str]) -> str:
     return f'<div class="pair">{body}</div>' if body else ""
 
 
+def _columns(blocks: Iterable[str]) -> str:
+    """Tables beside each other where there is room; one alone has it all."""
+    body = "".join(f"<div>{block}</div>" for block in blocks)
+    return f'<div class="columns">{body}</div>' if body else ""
+
+
 def _table(table: Table) -> str:
     columns = list(zip(*table.rows, strict=True))
     numeric = [index > 0 and all(map(_NUMBER.fullmatch, c)) for index, c in enumerate(columns)]
@@ -170,6 +178,26 @@ def _table(table: Table) -> str:
     )
 
 
+def _matrix(matrix: Matrix) -> str:
+    """Rows are the true classes; a cell is the darker, the larger its share of the row."""
+    head = "".join(f'<th scope="col"><span>{escape(name)}</span></th>' for name in matrix.names)
+    lines = []
+    for row, (name, counts) in enumerate(zip(matrix.names, matrix.counts, strict=True)):
+        total = max(sum(counts), 1)
+        cells = "".join(
+            f'<td class="{"hit" if row == column else "slip"}" style="--share:{n / total:.3f}">'
+            f"{n or ''}</td>"
+            for column, n in enumerate(counts)
+        )
+        lines.append(f'<tr><th scope="row">{escape(name)}</th>{cells}</tr>')
+    note = f'<p class="note">{escape(matrix.note)}</p>' if matrix.note else ""
+    return (
+        f'<div class="scroll" role="region" tabindex="0" aria-label="{escape(matrix.title)}">'
+        f'<table class="matrix"><caption>{escape(matrix.title)}</caption>'
+        f"<thead><tr><td></td>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table></div>{note}"
+    )
+
+
 def _examples(figures: list[str], correct: list[list[bool]]) -> str:
     if not figures:
         return ""
@@ -190,8 +218,9 @@ def _text_query(query: TextQuery) -> str:
         picture = f'<img src="{_thumbnail(image)}" alt="{escape(alt)}">'
         items.append(f"<li{_good(right)}>{picture}{_score(score, right)}</li>")
     return (
-        f'<figure class="card"><figcaption class="ask"><q dir="auto">{escape(query.text)}</q>'
-        f'{_verdict(query.correct)}</figcaption><ol class="answers">{"".join(items)}</ol></figure>'
+        f'<figure class="card">{_origin(query.note)}<figcaption class="ask">'
+        f'<q dir="auto">{escape(query.text)}</q>{_verdict(query.correct, query.rank)}</figcaption>'
+        f'<ol class="answers">{"".join(items)}</ol></figure>'
     )
 
 
@@ -210,7 +239,8 @@ def _image_query(query: ImageQuery) -> str:
     alt = f"Query picture: {answer}" if answer else "Query picture; no caption shown is right"
     return (
         f'<figure class="card show"><img class="shown" src="{_thumbnail(query.image)}" '
-        f'alt="{escape(alt)}"><div><figcaption>{_verdict(query.correct)}</figcaption>'
+        f'alt="{escape(alt)}"><div>{_origin(query.note)}'
+        f"<figcaption>{_verdict(query.correct, query.rank)}</figcaption>"
         f'<ol class="captions">{"".join(items)}</ol></div></figure>'
     )
 
@@ -241,8 +271,14 @@ def _score(score: float, right: bool) -> str:
     return f'<span class="score">{mark}{text}</span>'
 
 
-def _verdict(correct: list[bool]) -> str:
+def _origin(note: str) -> str:
+    return f'<small class="origin">{escape(note)}</small>' if note else ""
+
+
+def _verdict(correct: list[bool], known: int | None) -> str:
     """Say in words and a symbol how far down the first right answer is."""
+    if True not in correct and known is not None:
+        return f'<span class="verdict">\N{BALLOT X} rank {known:,}</span>'
     if True not in correct:
         return f'<span class="verdict">\N{BALLOT X} not in the top {len(correct)}</span>'
     rank = correct.index(True) + 1

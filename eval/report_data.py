@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -56,6 +56,8 @@ class TextQuery:
         images: uint8 (H, W, 3) each, best first.
         scores: The similarity of each picture to the caption.
         correct: Whether each picture is a right answer.
+        note: A few words on where the query comes from.
+        rank: The place of the first right answer, from 1, where it is known.
 
     Raises:
         ValueError: If there is no answer, or lengths, shapes or dtypes are not as stated.
@@ -65,6 +67,8 @@ class TextQuery:
     images: list[np.ndarray]
     scores: list[float]
     correct: list[bool]
+    note: str = ""
+    rank: int | None = None
 
     def __post_init__(self) -> None:
         _check_answers(f"text query {self.text!r}", self.images, self.scores, self.correct)
@@ -81,6 +85,8 @@ class ImageQuery:
         captions: The captions, best first.
         scores: The similarity of each caption to the picture.
         correct: Whether each caption is a right answer.
+        note: A few words on where the query comes from.
+        rank: The place of the first right answer, from 1, where it is known.
 
     Raises:
         ValueError: If there is no answer, or lengths, shapes or dtypes are not as stated.
@@ -90,6 +96,8 @@ class ImageQuery:
     captions: list[str]
     scores: list[float]
     correct: list[bool]
+    note: str = ""
+    rank: int | None = None
 
     def __post_init__(self) -> None:
         _check_answers("image query", self.captions, self.scores, self.correct)
@@ -117,6 +125,24 @@ class Picture:
 
 
 @dataclass(frozen=True)
+class Matrix:
+    """Counts of pairs, such as a confusion matrix: C rows and C columns of the same names.
+
+    Raises:
+        ValueError: If it is not square or not as large as there are names.
+    """
+
+    title: str
+    names: list[str]
+    counts: list[list[int]]
+    note: str = ""
+
+    def __post_init__(self) -> None:
+        if {len(self.counts), *map(len, self.counts)} != {len(self.names)}:
+            raise ValueError(f"matrix {self.title!r} needs {len(self.names)} rows and columns")
+
+
+@dataclass(frozen=True)
 class Report:
     """Everything on the page, in no markup: every text is escaped when the page is written.
 
@@ -129,6 +155,7 @@ class Report:
         image_queries: Examples of finding captions by picture.
         pictures: Ready-made pictures.
         facts: What it takes to repeat the run: machine, versions, seeds, budget.
+        matrices: Confusion matrices.
     """
 
     title: str
@@ -139,6 +166,7 @@ class Report:
     image_queries: list[ImageQuery]
     pictures: list[Picture]
     facts: dict[str, str]
+    matrices: list[Matrix] = field(default_factory=list)
 
 
 def _check_answers(

@@ -57,6 +57,10 @@ figcaption small { display: block; font-weight: 400; }
   padding: 1rem 1.1rem;
 }
 
+.columns { display: grid; gap: 1rem 3rem; align-items: start;
+  grid-template-columns: repeat(auto-fill, minmax(min(100%, 30rem), 1fr)); }
+.columns > * { min-width: 0; }
+.columns > :only-child { grid-column: 1 / -1; }
 .scroll { overflow-x: auto; margin-top: 1.4rem; }
 table { border-collapse: collapse; min-width: min(100%, 30rem); font-size: 0.95rem; }
 caption { padding-bottom: 0.5rem; }
@@ -71,6 +75,21 @@ tbody tr + tr > * { border-top: 1px solid var(--line); }
 .num { text-align: right; font-variant-numeric: tabular-nums; }
 td.num { white-space: nowrap; }
 .note { margin-top: 0.6rem; }
+
+.matrix { min-width: 0; font-size: 0.82rem; border-spacing: 2px; border-collapse: separate; }
+.matrix td, .matrix th { padding: 0; border: 0; vertical-align: middle; }
+.matrix thead th { height: 7rem; padding-bottom: 0.4rem; vertical-align: bottom; }
+.matrix thead span { writing-mode: vertical-rl; transform: rotate(180deg); white-space: nowrap;
+  max-height: 7rem; overflow: hidden; text-overflow: ellipsis; }
+.matrix tbody th { min-width: 0; max-width: 8.5rem; padding-right: 0.6rem; white-space: nowrap;
+  overflow: hidden; text-overflow: ellipsis; }
+.matrix tbody tr + tr > * { border-top: 0; }
+.matrix tbody td { width: 1.85rem; min-width: 1.85rem; height: 1.85rem; text-align: center;
+  vertical-align: middle; border-radius: 0.2rem; font-variant-numeric: tabular-nums;
+  background: color-mix(in srgb, var(--shade) calc(var(--share) * 70%), var(--tint)); }
+.matrix .hit { --shade: var(--good); }
+.matrix .slip { --shade: var(--miss); }
+.origin { display: block; color: var(--muted); font-size: 0.82rem; margin-bottom: 0.3rem; }
 
 .chart { display: flex; flex-direction: column; }
 .chart svg { display: block; margin-top: auto; width: 100%; height: auto; overflow: visible; }

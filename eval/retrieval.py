@@ -1,8 +1,8 @@
 """Image-text retrieval with any number of captions per image.
 
-Ranks are counted instead of read off a sort, so ties follow one rule everywhere: an entry ranks
-behind all that score higher and behind those that score the same and stand earlier in the pool.
-A collapsed model therefore scores at chance, not at 100 %.
+Ranks are counted instead of read off a sort, so ties follow one rule everywhere, and against the
+model: a right answer ranks behind all wrong ones that score the same. A collapsed model, which
+tells nothing apart, therefore finds nothing, where other rules give it up to 100 %.
 
 Shape legend: N images, M texts, Q queries, P pool entries, d width.
 """
@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from eval.exact_ranks import average_precision, pair_ranks, unit_rows32
 
+TIE_RULE = "pessimistic"  # as records call it
 _logger = logging.getLogger(__name__)
 
 
@@ -137,60 +138,31 @@ def retrieval_ranks(
     return RetrievalRanks(best, ranks.image, precision)
 
 
-def best_ranks(
-    queries: Tensor, pool: Tensor, query_ids: Tensor, pool_ids: Tensor, chunk: int
-) -> Tensor:
-    """Rank each query's best right answer, `chunk` queries at a time.
-
-    Args:
-        queries: (Q, d) float64 from `unit_rows`.
-        pool: (P, d) float64 from `unit_rows`.
-        query_ids: (Q,) int64.
-        pool_ids: (P,) int64; a pool entry answers the queries that share its id.
-        chunk: Queries scored at once.
-
-    Returns:
-        (Q,) int64, 0-based.
-
-    Raises:
-        ValueError: widths that differ, a chunk below 1, or a query without an answer.
-    """
-    check_width(queries, pool)
-    if chunk < 1:
-        raise ValueError(f"chunk must be at least 1, got {chunk}")
-    ranks = []
-    for start in range(0, len(queries), chunk):
-        part = slice(start, start + chunk)
-        # Matrix kernels add up edge tiles in another order, so float32 products of equal rows can
-        # differ in the last bit and break ties at random. Rounding a float64 product removes that,
-        # and TF32 and autocast do not touch float64.
-        similarity = (queries[part] @ pool.T).float()
-        ranks.append(ranks_from_similarity(similarity, query_ids[part, None] == pool_ids))
-    return torch.cat(ranks)
-
-
 def ranks_from_similarity(similarity: Tensor, relevant: Tensor) -> Tensor:
-    """Count the rank of each row's best relevant column; ties go to the smaller index.
+    """Count the rank of each row's best relevant column; ties go to columns that are not.
 
     Args:
         similarity: (Q, P) floating point, higher is nearer.
         relevant: (Q, P) bool, at least one per row.
 
     Returns:
-        (Q,) int64: the columns that score higher, plus those before it that score the same.
+        (Q,) int64: the other columns that score at least as high.
 
     Raises:
         ValueError: a row without a relevant column, or a score that is NaN.
     """
+    check_scores(similarity, relevant)
+    best = similarity.masked_fill(~relevant, -torch.inf).amax(dim=1, keepdim=True)
+    return ((similarity >= best) & ~relevant).sum(dim=1)
+
+
+def check_scores(similarity: Tensor, relevant: Tensor) -> None:
+    """Raise ValueError for a row of (Q, P) without a relevant column, or a score that is NaN."""
     if not relevant.any(dim=1).all():
         raise ValueError("a query has no right answer in the pool; leave it out")
     if similarity.isnan().any():
         # No score is greater than NaN, so a diverged model would rank first everywhere.
         raise ValueError("a similarity is NaN; the model diverged or an input was not finite")
-    best, index = similarity.masked_fill(~relevant, -torch.inf).max(dim=1, keepdim=True)
-    columns = torch.arange(similarity.shape[1], device=similarity.device)
-    ahead = (similarity > best) | ((similarity == best) & (columns < index))
-    return ahead.sum(dim=1)
 
 
 def unit_rows(embeddings: Tensor, name: str) -> Tensor:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +17,36 @@ from torch import Tensor, nn
 
 from data_pipelines.transforms import eval_transform
 from encoders.pixels import Normalize
-from eval.image_tower import TIMM_FILE, open_image_tower
+from eval.embedder import PROBES
+from eval.image_tower import TIMM_FILE, ImageTower, open_image_tower
 from eval.open_model import OpenedModel, open_model
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 PADDED_TO_THE_END = {"siglip", "siglip2"}  # model types that were trained on full-length texts
+
+
+class Identity:
+    """Hashes of a model, made when they are asked for, and once.
+
+    Args:
+        model: the module with the weights.
+        settings: whatever embeddings depend on besides the modules and the inputs, as JSON.
+    """
+
+    def __init__(self, model: nn.Module, settings: list[Any]) -> None:
+        self.model, self.settings = model, settings
+
+    @cached_property
+    def weights_sha256(self) -> str:
+        """Of the weights alone."""
+        return weights_hash(self.model)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of weights, architecture, pixels and tokens."""
+        modules = re.sub(" at 0x[0-9a-f]+", "", str(self.model))  # functions show their addresses
+        content = [self.weights_sha256, modules, self.settings]
+        return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
 
 @dataclass
@@ -35,7 +62,7 @@ class Subject:
 
     name: str
     source: str
-    weights_sha256: str
+    identity: Identity
     precision: str
     preprocess: dict[str, Any]
     transform: Callable[[Tensor], Tensor]
@@ -67,6 +94,7 @@ def open_subject(
     pretrained: str | None = None,
     device: torch.device | str = "cpu",
     precision: str = "fp32",
+    adjust: Callable[[Any, str], None] | None = None,
 ) -> Subject:
     """Open one of our runs and exports, an open_clip, transformers or timm model.
 
@@ -76,24 +104,39 @@ def open_subject(
             `transformers:NAME` for what the Hugging Face cache or hub has.
         pretrained: open_clip's weights tag or file, for names.
         precision: fp32, bf16 or fp16, by autocast.
+        adjust: called with the opened model and its source, to put other weights in.
 
     Raises:
-        ValueError: nothing that can be opened, or an unknown precision.
+        ValueError: nothing that can be opened, an unknown precision, or a transformers model that
+            is to be adjusted.
     """
     if precision not in PRECISIONS:
         raise ValueError(f"precision '{precision}' is unknown: choose {', '.join(PRECISIONS)}")
-    call = _Caller(torch.device(device), PRECISIONS[precision])
+    call = Caller(torch.device(device), PRECISIONS[precision])
     folder, _, name = model.rpartition("transformers:")
     if model.startswith("transformers:") and not folder:
+        _refuse_adjusting(model, adjust)
         return _transformers_subject(name, call, precision)
     if Path(model).is_dir():
         config = Path(model) / TIMM_FILE
         settings = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
         if "model_type" in settings:
+            _refuse_adjusting(model, adjust)
             return _transformers_subject(model, call, precision)
         if "architecture" in settings or _is_classification_run(Path(model)):
-            return _image_subject(model, call, precision)
-    return from_opened(model, open_model(model, pretrained), call, precision)
+            tower = open_image_tower(model)
+            if adjust is not None:
+                adjust(tower.model, tower.source)
+            return from_tower(model, tower, call, precision)
+    opened = open_model(model, pretrained)
+    if adjust is not None:
+        adjust(opened.model, opened.source)
+    return from_opened(model, opened, call, precision)
+
+
+def _refuse_adjusting(model: str, adjust: object) -> None:
+    if adjust is not None:
+        raise ValueError(f"'{model}' is a transformers model: it has one state of weights")
 
 
 def _is_classification_run(folder: Path) -> bool:
@@ -101,7 +144,7 @@ def _is_classification_run(folder: Path) -> bool:
     return bool(newest) and (newest[-1] / TIMM_FILE).is_file()
 
 
-class _Caller:
+class Caller:
     """Runs functions of a model on its device, in its precision."""
 
     def __init__(self, device: torch.device, dtype: torch.dtype | None) -> None:
@@ -113,7 +156,7 @@ class _Caller:
             return function(*inputs, **named).float().cpu()
 
 
-def from_opened(name: str, opened: OpenedModel, call: _Caller, precision: str) -> Subject:
+def from_opened(name: str, opened: OpenedModel, call: Caller, precision: str) -> Subject:
     """The subject of a model that `open_model` has opened."""
     model = opened.model.to(call.device)
     normalize = Normalize(opened.mean, opened.std).to(call.device)
@@ -131,11 +174,11 @@ def from_opened(name: str, opened: OpenedModel, call: _Caller, precision: str) -
     resize = _Resize(
         opened.image_size, opened.resize_mode, opened.interpolation, opened.mean, opened.std
     )
-    digest = weights_hash(model)
+    tokens = opened.tokenizer(PROBES).tolist()
     return Subject(
         name,
         opened.source,
-        digest,
+        Identity(model, [opened.description, tokens, opened.mean, opened.std]),
         precision,
         {},
         _identity,
@@ -146,9 +189,8 @@ def from_opened(name: str, opened: OpenedModel, call: _Caller, precision: str) -
     )
 
 
-def _image_subject(name: str, call: _Caller, precision: str) -> Subject:
+def from_tower(name: str, tower: ImageTower, call: Caller, precision: str) -> Subject:
     """The subject of a timm model: its pooled features, without its classifier."""
-    tower = open_image_tower(name)
     model = tower.model.to(call.device)
     normalize = Normalize(tower.mean, tower.std).to(call.device)
 
@@ -159,11 +201,11 @@ def _image_subject(name: str, call: _Caller, precision: str) -> Subject:
         return call(pooled, normalize(images.to(call.device)))
 
     resize = _Resize(tower.image_size, "squash", "bicubic", tower.mean, tower.std)
-    digest = weights_hash(model)
-    return Subject(name, tower.source, digest, precision, {}, _identity, features, resize=resize)
+    identity = Identity(model, [tower.name, tower.arguments, tower.mean, tower.std])
+    return Subject(name, tower.source, identity, precision, {}, _identity, features, resize=resize)
 
 
-def _transformers_subject(name: str, call: _Caller, precision: str) -> Subject:
+def _transformers_subject(name: str, call: Caller, precision: str) -> Subject:
     """CLIP, SigLIP or a VisionTextDualEncoder, with its own processor."""
     from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
@@ -201,10 +243,13 @@ def _transformers_subject(name: str, call: _Caller, precision: str) -> Subject:
 
     settings = {"processor": type(processor).__name__, **processor.to_dict()}
     kept = {k: v for k, v in settings.items() if isinstance(v, str | int | float | list | dict)}
+    config = model.config.to_dict()
+    config.pop("_name_or_path", None)
+    tokens = tokenizer(PROBES, truncation=True, max_length=length)["input_ids"]
     return Subject(
         name,
         name,
-        weights_hash(model),
+        Identity(model, [config, tokens, padding]),
         precision,
         kept,
         transform,

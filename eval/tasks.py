@@ -7,10 +7,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from eval.embedding import EmbeddedSet
-from eval.few_shot import L2_DEFAULT, few_shot_hits, sparse_classes
+from eval.few_shot import L2_DEFAULT, best_l2, few_shot_hits, sparse_classes
 from eval.label_metrics import measure_labels, measure_multilabel
 from eval.measurement import Measurement
 from eval.probes import linear_probe, neighbour_scores
@@ -120,54 +121,95 @@ def _median_interval(values: np.ndarray) -> tuple[float, float]:
     return float(ordered[max(low, 0)]), float(ordered[min(high, len(ordered) - 1)])
 
 
+def probe_splits(
+    train: EmbeddedSet, test: EmbeddedSet, classes: int
+) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Features and labels of both splits.
+
+    Raises:
+        ValueError: a sample without a label, or one beyond the classes.
+    """
+    pool = train.rows["feature"], single_labels(train)
+    target = test.rows["feature"], single_labels(test)
+    if max(int(pool[1].max()), int(target[1].max())) >= classes:
+        raise ValueError(f"labels reach beyond the {classes} class names")
+    return pool, target
+
+
 def measure_probe(
     task: str, train: EmbeddedSet, test: EmbeddedSet, classnames: list[str], options: ProbeOptions
 ) -> Measurement:
-    """few_shot, linear_probe or knn on the features of a training and a test split.
-
-    Raises:
-        ValueError: a label has no class name, or a sample has several labels.
-    """
-    classes = len(classnames)
-    pool = train.rows["feature"], single_labels(train)
-    features, truth = test.rows["feature"], single_labels(test)
-    if max(int(pool[1].max()), int(truth.max())) >= classes:
-        raise ValueError(f"labels reach beyond the {classes} class names")
+    """few_shot, linear_probe or knn on the features of a training and a test split."""
     if task == "few_shot":
-        return _few_shot(pool, (features, truth), classes, options)
+        return settle_few_shot([few_shot_outcomes(train, test, classnames, options)], options)[0]
+    pool, (features, truth) = probe_splits(train, test, len(classnames))
     if task == "knn":
-        scores = neighbour_scores(pool, features, classes, options.neighbours)
+        scores = neighbour_scores(pool, features, len(classnames), options.neighbours)
         measured = measure_labels(scores, truth, classnames)
         measured.details["k"] = options.neighbours
     else:
-        probe = linear_probe(pool, features, classes)
+        probe = linear_probe(pool, features, len(classnames))
         measured = measure_labels(probe.scores, truth, classnames)
         measured.details |= probe.details
     return measured
 
 
-def _few_shot(
-    train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], classes: int, options: ProbeOptions
-) -> Measurement:
-    """The accuracy is the mean over seeds; its interval resamples the test pictures."""
-    measured, columns = Measurement(), {}
-    for shots in options.shots:
-        hits = np.stack(
+@dataclass(frozen=True)
+class FewShotOutcomes:
+    """Of one set, by the number of shots: which test pictures are named right, (seeds, strengths,
+    M) bool, and the classes that have fewer pictures."""
+
+    hits: dict[int, NDArray[np.bool_]]
+    sparse: dict[int, list[int]]
+
+
+def few_shot_outcomes(
+    train: EmbeddedSet, test: EmbeddedSet, classnames: list[str], options: ProbeOptions
+) -> FewShotOutcomes:
+    """The few-shot probe for all shots, seeds and strengths."""
+    classes = len(classnames)
+    pool, target = probe_splits(train, test, classes)
+    hits = {
+        shots: np.stack(
             [
-                few_shot_hits(train, test, classes, shots, seed, options.l2s)
+                few_shot_hits(pool, target, classes, shots, seed, options.l2s)
                 for seed in options.seeds
             ]
         )
-        means = hits.mean((0, 2))
-        best = int(means.argmax())
-        columns[f"{shots}shot_acc1"] = hits[:, best].mean(0)
-        measured.details[f"{shots}shot"] = {
-            "l2": float(options.l2s[best]),
-            "by_seed": hits[:, best].mean(1).tolist(),
-            "sweep": {f"{l2:g}": float(m) for l2, m in zip(options.l2s, means, strict=True)},
-            "l2_selected_on_test": len(options.l2s) > 1,
-            "classes_with_fewer_pictures": sparse_classes(train[1], classes, shots),
-        }
-    measured.add_means(columns)
-    measured.details["seeds"] = list(options.seeds)
-    return measured
+        for shots in options.shots
+    }
+    sparse = {shots: sparse_classes(pool[1], classes, shots) for shots in options.shots}
+    return FewShotOutcomes(hits, sparse)
+
+
+def settle_few_shot(sets: Sequence[FewShotOutcomes], options: ProbeOptions) -> list[Measurement]:
+    """Figures of every set, at one strength for each number of shots.
+
+    Of several strengths the one with the best mean rank over all sets is taken, by their test
+    accuracies, which is the rule of the reference. A figure is the mean over seeds; its interval
+    resamples the test pictures.
+    """
+    if not sets:
+        return []
+    chosen = {
+        shots: best_l2(np.stack([found.hits[shots].mean((0, 2)) for found in sets]))
+        for shots in options.shots
+    }
+    measurements = []
+    for found in sets:
+        measured, columns = Measurement(), {}
+        for shots, best in chosen.items():
+            hits = found.hits[shots]
+            sweep = zip(options.l2s, hits.mean((0, 2)), strict=True)
+            columns[f"{shots}shot_acc1"] = hits[:, best].mean(0)
+            measured.details[f"{shots}shot"] = {
+                "l2": float(options.l2s[best]),
+                "by_seed": hits[:, best].mean(1).tolist(),
+                "sweep": {f"{l2:g}": float(accuracy) for l2, accuracy in sweep},
+                "l2_selected_on_test": len(options.l2s) > 1,
+                "classes_with_fewer_pictures": found.sparse[shots],
+            }
+        measured.add_means(columns)
+        measured.details |= {"seeds": list(options.seeds), "sets_that_chose_l2": len(sets)}
+        measurements.append(measured)
+    return measurements

@@ -1,7 +1,7 @@
 """Zero-shot classification: class vectors from prompts, accuracy from ranks.
 
-A class is the text it is nearest to, so this is retrieval with the C class vectors as the pool,
-under the same tie rule.
+A class is the text it is nearest to. Of classes that score the same the one with the smaller index
+ranks first, which is what `argmax` answers, so accuracy and confusion matrix agree.
 
 Shape legend: N images, C classes, d width.
 """
@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from eval.retrieval import best_ranks, check_indices, unit_rows
+from eval.retrieval import check_indices, check_scores, check_width, unit_rows
+
+TIE_RULE = "index"  # as records call it
 
 
 @torch.no_grad()
@@ -116,7 +118,39 @@ def zero_shot_ranks(
             f"{len(images)} images"
         )
     check_indices(labels, len(pool), "labels")
-    return best_ranks(images, pool, labels, torch.arange(len(pool), device=pool.device), chunk)
+    check_width(images, pool)
+    if chunk < 1:
+        raise ValueError(f"chunk must be at least 1, got {chunk}")
+    classes = torch.arange(len(pool), device=pool.device)
+    ranks = []
+    for part, own in zip(images.split(chunk), labels.split(chunk), strict=True):
+        # Matrix kernels add up edge tiles in another order, so float32 products of equal rows can
+        # differ in the last bit and break ties at random. Rounding a float64 product removes that,
+        # and TF32 and autocast do not touch float64.
+        scores = (part @ pool.T).float()
+        ranks.append(class_ranks(scores, own[:, None] == classes))
+    return torch.cat(ranks)
+
+
+def class_ranks(scores: Tensor, right: Tensor) -> Tensor:
+    """Count the rank of each row's best right class; ties go to the smaller index.
+
+    Args:
+        scores: (N, C) floating point, higher is nearer.
+        right: (N, C) bool, at least one per row.
+
+    Returns:
+        (N,) int64: the classes that score higher, plus those before it that score the same.
+
+    Raises:
+        ValueError: a row without a right class, or a score that is NaN.
+    """
+    check_scores(scores, right)
+    best = scores.masked_fill(~right, -torch.inf).amax(dim=1, keepdim=True)
+    index = ((scores == best) & right).int().argmax(dim=1, keepdim=True)
+    columns = torch.arange(scores.shape[1], device=scores.device)
+    ahead = (scores > best) | ((scores == best) & (columns < index))
+    return ahead.sum(dim=1)
 
 
 def accuracy_from_ranks(

@@ -21,7 +21,8 @@ from encoders.auxiliary_losses import routed_layers
 from encoders.routing_report import choose_slots, draw_slot_maps
 from encoders.routing_statistics import collect_routing, collect_soft_routing, soft_only
 from eval.config import EvaluationSetConfig
-from eval.image_text import Embeddings, ImageTextEvaluator
+from eval.embedding import EmbeddedSet, embed
+from eval.evaluation_sets import plan_set
 from eval.open_model import OpenedModel, open_model
 from eval.report import (
     Curve,
@@ -36,6 +37,7 @@ from eval.report import (
 )
 from eval.retrieval import RetrievalRanks, ranks_from_similarity, recall_from_ranks
 from eval.statistics import chance_recall
+from eval.subject import Caller, from_opened
 from eval.tables import short, text_table
 from eval.yardstick import pixel_class_scores, pixel_nearest_neighbour, word_bridge
 from scripts.demo import read_records
@@ -65,10 +67,9 @@ def build_report(folder: Path, data: Path, seconds: dict[str, float]) -> Path:
     config = EvaluationSetConfig(
         shards=str(data / "test" / "*.tar"), classnames="", caption_key="txt"
     )
-    evaluator = ImageTextEvaluator(
-        config, opened.image_size, opened.tokenizer, opened.mean, opened.std
-    )
-    embedded = evaluator.embed(*evaluator.encoders(opened.model))
+    subject = from_opened("demo", opened, Caller(torch.device("cpu"), None), "fp32")
+    planned = plan_set(config, subject)
+    embedded = embed(planned.subject, planned.test, {"image", "text"})
     minutes = sum(seconds.values()) / 60
     report = Report(
         title="Soft MoE CLIP on emoji",
@@ -232,12 +233,12 @@ def _spread(count: int, total: int) -> list[int]:
 
 
 def text_queries(
-    embedded: Embeddings, pictures: PictureSet, count: int, answers: int
+    embedded: EmbeddedSet, pictures: PictureSet, count: int, answers: int
 ) -> list[TextQuery]:
     """The best pictures for the first captions of evenly spaced test pictures."""
-    images = torch.nn.functional.normalize(embedded.images, dim=1)
-    texts = torch.nn.functional.normalize(embedded.texts, dim=1)
-    first = {int(owner): text for text, owner in reversed(list(enumerate(embedded.image_of_text)))}
+    images = torch.nn.functional.normalize(embedded.rows["image"], dim=1)
+    texts = torch.nn.functional.normalize(embedded.rows["text"], dim=1)
+    first = {int(owner): text for text, owner in reversed(list(enumerate(embedded.owners)))}
     queries = []
     for owner in _spread(count, len(images)):
         scores, best = (images @ texts[first[owner]]).topk(answers)
@@ -253,11 +254,11 @@ def text_queries(
 
 
 def image_queries(
-    embedded: Embeddings, pictures: PictureSet, count: int, answers: int
+    embedded: EmbeddedSet, pictures: PictureSet, count: int, answers: int
 ) -> list[ImageQuery]:
     """The best captions for evenly spaced test pictures (others than those of the captions)."""
-    images = torch.nn.functional.normalize(embedded.images, dim=1)
-    texts = torch.nn.functional.normalize(embedded.texts, dim=1)
+    images = torch.nn.functional.normalize(embedded.rows["image"], dim=1)
+    texts = torch.nn.functional.normalize(embedded.rows["text"], dim=1)
     queries = []
     for place in _spread(2 * count, len(images))[1::2]:
         scores, best = (texts @ images[place]).topk(answers)
@@ -266,7 +267,7 @@ def image_queries(
                 _picture(pictures, place),
                 [embedded.captions[int(i)] for i in best],
                 scores.tolist(),
-                [int(embedded.image_of_text[int(i)]) == place for i in best],
+                [int(embedded.owners[int(i)]) == place for i in best],
             )
         )
     return queries

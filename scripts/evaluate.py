@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from eval.config import EvaluationSetConfig
 from scripts.cli import parse_config, run
@@ -25,6 +25,9 @@ class EvaluateRun:
     """A run directory, a checkpoint or export folder, or the name of an open_clip model."""
     pretrained: str | None = None
     """Weights tag or file, for open_clip names."""
+    weights: Literal["checkpoint", "average", "training"] = "checkpoint"
+    """Those that a checkpoint opens with, their moving average (of runs with train.ema_decay), or
+    those in training (where train.ema_export made the checkpoint open with the average)."""
     evaluation: list[EvaluationSetConfig] = field(default_factory=list)
     tasks: str = ""
     """Of sets that name none: zero_shot_classification, retrieval, few_shot, linear_probe, knn,
@@ -34,8 +37,8 @@ class EvaluateRun:
     output: str | None = None
     """JSON file for the figures; null prints them only."""
     results: str | None = None
-    """Folder for eval.jsonl, results.json, results.md, report.html and the outcome of each sample,
-    which scripts.compare_evaluations reads."""
+    """Folder for eval.jsonl, results.json, results.md, report.html, clip_benchmark/*.json and the
+    outcome of each sample, which scripts.compare_evaluations reads."""
     cache: str | None = None
     """Folder where embeddings are kept, in clip-retrieval's layout."""
     precision: str = "fp32"
@@ -43,7 +46,8 @@ class EvaluateRun:
     shots: list[int] = field(default_factory=lambda: [10])
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     l2: list[float] = field(default_factory=lambda: [1024.0])
-    """Strengths of the few-shot probe; several are chosen from by the test accuracy."""
+    """Strengths of the few-shot probe; of several, each number of shots takes the one with the best
+    mean rank over all sets, by test accuracy."""
     neighbours: int = 20
     threads: int | None = None
     """CPU threads; null takes all cores."""
@@ -63,11 +67,12 @@ def evaluate(config: EvaluateRun) -> list[dict[str, Any]]:
     from tqdm import tqdm
 
     from eval.evaluation_sets import plan_set
-    from eval.measure import Outcome, measure_set
+    from eval.measure import measure_sets
     from eval.records import write_records
-    from eval.results import write_results
+    from eval.results import check_folder, write_results
     from eval.subject import open_subject
     from eval.tasks import ProbeOptions
+    from scripts.export_source import other_weights
     from training.machine import available_cores, plan_cores
 
     if not config.model:
@@ -85,18 +90,17 @@ def evaluate(config: EvaluateRun) -> list[dict[str, Any]]:
     workers = 0  # on the CPU the model needs the cores
     if state.device.type != "cpu":
         workers = plan_cores(cores, state.num_processes, device_is_cpu=False).workers
-    subject = open_subject(config.model, config.pretrained, state.device, config.precision)
+    weights = other_weights(config.weights)
+    subject = open_subject(config.model, config.pretrained, state.device, config.precision, weights)
     tasks = [task.strip() for task in config.tasks.split(",") if task.strip()]
     # All before the first measurement: what is refused is refused at once.
     planned = [plan_set(item, subject, tasks) for item in sets]
+    if config.results is not None:
+        names = [item.name for item in planned]
+        check_folder(config.results, subject.identity.weights_sha256, names)
     options = ProbeOptions(config.shots, config.seeds, config.l2, config.neighbours)
-    outcomes: list[Outcome] = []
     bar = tqdm(planned, unit="set", disable=None if state.is_main_process else True)
-    for item in bar:
-        bar.set_postfix_str(item.name)
-        outcomes += measure_set(
-            item, options, (config.model, config.pretrained), workers, config.cache
-        )
+    outcomes = measure_sets(bar, options, (config.model, config.pretrained), workers, config.cache)
     records = [outcome.record for outcome in outcomes]
     if state.is_main_process:
         _show(outcomes, planned)
@@ -112,11 +116,10 @@ def evaluate(config: EvaluateRun) -> list[dict[str, Any]]:
 def _show(outcomes: list[Any], planned: list[Any]) -> None:
     """Print the figures, and what they leave out."""
     from data_pipelines.shards import describe_skips
-    from eval.results import figure_rows
+    from eval.results import HEADER, figure_rows
     from eval.tables import text_table
 
-    rows = figure_rows([outcome.record for outcome in outcomes])
-    print(text_table(["set", "metric", "value", "95 % interval", "samples"], rows))
+    print(text_table(HEADER, figure_rows([outcome.record for outcome in outcomes])))
     for item in planned:
         skipped = next((o.found.skipped for o in outcomes if o.planned is item), None)
         if skipped:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -145,13 +145,24 @@ def choose_weights(model: Any, source: Source, which: str) -> None:
         return
     if not average.is_file():
         raise ExportError(
-            f"'{source.folder}' has no averaged weights: train with --train.ema_decay, or export"
+            f"'{source.folder}' has no averaged weights: train with --train.ema_decay, or take"
             " --weights checkpoint"
         )
     tensors, whole = load_tensors(average), model.state_dict()
     tensors.pop("updates", None)
     typed = {name: value.to(whole[name].dtype) for name, value in tensors.items() if name in whole}
     load_weights(model, whole | tensors | typed, str(average))  # refuses those of other models
+
+
+def other_weights(which: str) -> Callable[[Any, str], None] | None:
+    """What puts weights into a model that was opened from a checkpoint; None leaves it alone.
+
+    Args:
+        which: as for `choose_weights`.
+    """
+    if which == "checkpoint":
+        return None
+    return lambda model, folder: choose_weights(model, Source(Path(folder), None), which)
 
 
 def _classes(source: Source, count: int) -> tuple[str, ...]:

@@ -47,7 +47,6 @@ def train(config: PretrainRun) -> None:
     from contrastive.weight_checks import check_pixels
     from contrastive.weight_sources import image_source
     from data_pipelines.classification import class_names, classification_stream, open_source
-    from eval.classification import ClassificationEvaluator
     from scripts.launch import Launch, known_flops
 
     launch = Launch(config)
@@ -78,12 +77,7 @@ def train(config: PretrainRun) -> None:
         **launch.stream_options(config.data.workers),
     )
     objective = ClassificationObjective(model, config.model, len(classes), classes)
-    evaluators = [
-        ClassificationEvaluator(
-            item, image_size, len(classes), tuple(settings["mean"]), tuple(settings["std"])
-        )
-        for item in config.evaluation
-    ]
+    evaluators = [_evaluator(item, config, model, len(classes)) for item in config.evaluation]
     launch.fit(
         objective,
         stream,
@@ -92,6 +86,26 @@ def train(config: PretrainRun) -> None:
         flops=known_flops(model),
         describe=lambda batch: _captions(batch["label"], classes),
     )
+
+
+def _evaluator(item: EvaluationSetConfig, config: PretrainRun, model: Any, classes: int) -> Any:
+    """Accuracy of the classifier, or the tasks that a set names."""
+    from eval.classification import ClassificationEvaluator
+    from eval.image_tower import ImageTower
+    from eval.scheduled import ScheduledEvaluator
+    from eval.subject import Caller, Subject, from_tower
+
+    settings = model.pretrained_cfg
+    size, mean, std = settings["input_size"][-1], tuple(settings["mean"]), tuple(settings["std"])
+    if not item.tasks:
+        return ClassificationEvaluator(item, size, classes, mean, std)
+
+    def subject_of(model: Any) -> Subject:
+        tower = ImageTower(model, size, mean, std, config.model.name, {}, True, config.run_dir)
+        call = Caller(next(model.parameters()).device, None)
+        return from_tower(config.run_dir, tower, call, config.train.precision)
+
+    return ScheduledEvaluator(item, subject_of, model)
 
 
 def _captions(labels: Any, classes: list[str]) -> list[str]:

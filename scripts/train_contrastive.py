@@ -56,7 +56,9 @@ def train(config: ContrastiveRun) -> None:
     from data_pipelines.image_text import image_text_stream
     from encoders.hugging_face_text import checkpoint_files
     from encoders.text_towers import build_tokenizer
-    from eval.image_text import ImageTextEvaluator
+    from eval.open_model import OpenedModel
+    from eval.scheduled import ScheduledEvaluator
+    from eval.subject import Caller, Subject, from_opened
     from scripts.launch import Launch
     from training.run_log import say
 
@@ -90,9 +92,15 @@ def train(config: ContrastiveRun) -> None:
     objective = ContrastiveObjective(
         model, description, config.contrastive, mean, std, frozen, files
     )
-    evaluators = [
-        ImageTextEvaluator(item, image_size, tokenizer, mean, std) for item in config.evaluation
-    ]
+
+    def subject_of(model: Any) -> Subject:
+        opened = OpenedModel(
+            model, tokenizer, image_size, mean, std, "squash", "bicubic", config.run_dir
+        )
+        call = Caller(next(model.parameters()).device, None)
+        return from_opened(config.run_dir, opened, call, config.train.precision)
+
+    evaluators = [ScheduledEvaluator(item, subject_of, model) for item in config.evaluation]
     for side in stream.cached if launch.accelerator.is_main_process else ():
         without = "pictures are not decoded or cropped" if side == "image" else "no caption is read"
         say(f"the frozen {side} tower does not run: cached embeddings are streamed, {without}")

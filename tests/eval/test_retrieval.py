@@ -55,15 +55,15 @@ def test_equals_big_vision_and_clip_benchmark(case: str) -> None:
             np.testing.assert_array_equal(ours, GOLDEN[f"{case}/{source}/{direction}"])
 
 
-def test_ties_stay_within_what_any_order_gives() -> None:
+def test_ties_give_the_least_that_any_order_gives() -> None:
     similarity = torch.from_numpy(GOLDEN["ties/similarity"])
     owner = torch.from_numpy(GOLDEN["ties/text_to_image"]).long()
     metrics = recall_from_ranks(from_similarity(similarity, owner))
     for direction in DIRECTIONS:
         low, high = GOLDEN[f"ties/tie_bounds/{direction}"].T
+        assert (low < high).any()
         ours = np.array(recalls(metrics, direction, (1, 5, 10)), np.float32)
-        assert (low <= ours).all()
-        assert (ours <= high).all()
+        np.testing.assert_array_equal(ours, low)
 
 
 def test_three_images_by_hand() -> None:
@@ -112,25 +112,41 @@ def test_four_images_with_two_captions_by_hand() -> None:
 
 
 @pytest.mark.parametrize("width", [1, 8, 37])
-def test_equal_embeddings_rank_by_index(width: int) -> None:
+def test_equal_embeddings_rank_last(width: int) -> None:
     vector = torch.randn(width, generator=torch.Generator().manual_seed(width))
     owner = torch.arange(10).repeat_interleave(5)
-    metrics = retrieval_metrics(vector.expand(10, -1), vector.expand(50, -1), owner, chunk=3)
-    assert recalls(metrics, "image_to_text", (1, 5, 10)) == [0.1, 0.1, 0.2]
-    assert recalls(metrics, "text_to_image", (1, 5, 10)) == [0.1, 0.5, 1.0]
+    ranks = retrieval_ranks(vector.expand(10, -1), vector.expand(50, -1), owner, chunk=3)
+    assert ranks.image_to_text.tolist() == [45] * 10  # all wrong captions come first
+    assert ranks.text_to_image.tolist() == [9] * 50
+    metrics = recall_from_ranks(ranks)
+    assert recalls(metrics, "image_to_text", (1, 5, 10)) == [0, 0, 0]
+    assert recalls(metrics, "text_to_image", (1, 5, 10)) == [0, 0, 1]
+    # One after the other at ranks 46 to 50.
+    expected = np.mean([n / (45 + n) for n in range(1, 6)])
+    assert metrics["text_retrieval_average_precision"] == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("chunk", [1, 5, 1024])
-def test_collapsed_images_score_at_chance(chunk: int) -> None:
-    _, text, owner = random_case(images=203, width=67)
+def test_collapsed_images_do_not_score(chunk: int) -> None:
+    _, text, owner = random_case(images=61, width=67)
     rng = torch.Generator().manual_seed(1)
-    image = torch.randn(67, generator=rng).expand(203, -1)
+    image = torch.randn(67, generator=rng).expand(61, -1)
     metrics = retrieval_metrics(image, text, owner, chunk=chunk)
-    # Every image sees one and the same list of texts, every text the images in index order.
-    assert metrics["text_retrieval_recall@1"] == 1 / 203
+    # Every image sees one and the same list of texts, every text the images with equal scores.
+    assert metrics["text_retrieval_recall@1"] == 1 / 61
     for k in (1, 5, 10):
-        share = (owner < k).double().mean().item()
-        assert metrics[f"image_retrieval_recall@{k}"] == share
+        assert metrics[f"image_retrieval_recall@{k}"] == 0
+
+
+def test_duplicates_tie_against_the_model_and_not_with_their_own() -> None:
+    """Caption 2, of image 1, repeats caption 0; captions 0 and 1 of image 0 are the same."""
+    image = torch.tensor([[1.0, 0, 0], [0, 1, 0], [0, 0, 1]])
+    text = torch.tensor([[1.0, 0.5, 0], [1, 0.5, 0], [1, 0.5, 0], [0, 0, 1]])
+    ranks = retrieval_ranks(image, text, torch.tensor([0, 0, 1, 2]))
+    assert ranks.image_to_text.tolist() == [1, 2, 0]
+    assert ranks.text_to_image.tolist() == [0, 0, 1, 0]
+    assert ranks.average_precision is not None
+    assert ranks.average_precision.tolist() == pytest.approx([(1 / 2 + 2 / 3) / 2, 1 / 3, 1])
 
 
 def test_ranks_do_not_depend_on_chunk_or_scale() -> None:

@@ -82,7 +82,8 @@ def test_all_tasks_of_a_transformers_model_and_a_comparison(
     first, second = (json.loads((tmp_path / str(n) / "results.json").read_text()) for n in (0, 1))
     assert first == second  # the second time from the cache
     assert [r["task"] for r in first] == ["zeroshot_classification", *tasks.split(",")[1:]]
-    assert first[0]["templates"] == [f"{benchmark_set}/zeroshot_classification_templates.txt"]
+    source = f"{benchmark_set}/zeroshot_classification_templates.txt"
+    assert (first[0]["templates"], first[0]["templates_from"]) == (["a {} square", "{}"], [source])
     for record in first:
         assert record["n_samples"] == 12
         assert len(record["weights_sha256"]) == 64
@@ -91,7 +92,7 @@ def test_all_tasks_of_a_transformers_model_and_a_comparison(
     folders = [path for path in cache.iterdir() if (path / "img_emb/img_emb_0.npy").is_file()]
     assert np.load(folders[0] / "img_emb/img_emb_0.npy").shape == (12, 8)
     page = (tmp_path / "0" / "report.html").read_text()
-    assert "Confusion matrix" in page
+    assert "What is taken for what" in page
     table = compare_evaluations.compare([f"{tmp_path}/0", f"{tmp_path}/1"])
     assert "+0.000 (+0.000 to +0.000) |" in table
 
