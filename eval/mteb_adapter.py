@@ -48,8 +48,11 @@ class MtebEncoder(AbsEncoder):
 
         Args:
             inputs: a loader of batches {"text": strings, "image": PIL images}, one of them or both.
-            task_metadata, hf_split, hf_subset, prompt_type, kwargs: what else mteb tells, on which
-                embeddings do not depend.
+            task_metadata: what else mteb tells, as the next ones; embeddings do not depend on it.
+            hf_split: likewise.
+            hf_subset: likewise.
+            prompt_type: likewise.
+            **kwargs: likewise.
 
         Raises:
             ValueError: texts for a model without a text tower, or batches with neither.

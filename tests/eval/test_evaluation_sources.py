@@ -154,7 +154,7 @@ def test_several_labels_of_a_sample(saved: Callable[..., str]) -> None:
 @pytest.mark.parametrize(
     ("labels", "kind", "message"),
     [
-        (["a", "b", "c"], "string", "holds 'a', no integer: make it a ClassLabel column"),
+        (["a", "b", "c"], "string", "holds 'a', which is neither a number nor one of classnames"),
         ([0, -1, 2], "int64", "1 of 3 samples of evaluation set .* have no label"),
         ([0, 1, 3], "int64", "has label 3, but there are 3 classes"),
     ],

@@ -16,7 +16,7 @@ from eval.classification import ClassificationEvaluator
 from eval.config import EvaluationSetConfig
 from eval.embedding import cache_key
 from eval.evaluation_sets import plan_set
-from eval.subject import Subject
+from eval.subject import Identity, Subject
 
 
 @pytest.fixture
@@ -28,10 +28,12 @@ def sideways(tmp_path: Path) -> bytes:
     exif[0x0112] = 6
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "JPEG", quality=100, subsampling=0, exif=exif)
-    (tmp_path / "folder/test/red").mkdir(parents=True)
-    (tmp_path / "folder/test/red/0.jpg").write_bytes(buffer.getvalue())
-    with TarWriter(str(tmp_path / "0.tar"), encoder=False) as writer:
-        writer.write({"__key__": "a", "jpg": buffer.getvalue(), "cls": b"0"})
+    for split in ("test", "train"):
+        folder = tmp_path / "folder" / split / "red"
+        folder.mkdir(parents=True)
+        (folder / f"{split}.jpg").write_bytes(buffer.getvalue())
+        with TarWriter(str(tmp_path / f"{split}.tar"), encoder=False) as writer:
+            writer.write({"__key__": split, "jpg": buffer.getvalue(), "cls": b"0"})
     (tmp_path / "names.txt").write_text("red\n")
     return buffer.getvalue()
 
@@ -49,14 +51,16 @@ def is_upright(image: torch.Tensor) -> bool:
 def test_sets_turn_pictures_where_they_are_told_to(
     tmp_path: Path, source: str, wanted: bool
 ) -> None:
-    subject = Subject("m", "s", "0", "fp32", {}, eval_transform(8), lambda images: images)
+    identity = Identity(torch.nn.Identity(), [])
+    subject = Subject("m", "s", identity, "fp32", {}, eval_transform(8), lambda images: images)
     config = EvaluationSetConfig(
         tasks=["few_shot"], classnames=str(tmp_path / "names.txt"), exif_orientation=wanted
     )
     if source == "shards":
-        config.shards = config.train_shards = str(tmp_path / "0.tar")
+        config.shards = str(tmp_path / "test.tar")
+        config.train_shards = str(tmp_path / "train.tar")
     else:
-        config.data, config.train_split = str(tmp_path / "folder"), "test"
+        config.data = str(tmp_path / "folder")
     planned = plan_set(config, subject)
     assert planned.train is not None
     for samples in (planned.test, planned.train):
@@ -69,6 +73,6 @@ def test_sets_turn_pictures_where_they_are_told_to(
 
 @pytest.mark.usefixtures("sideways")
 def test_the_evaluator_of_pretraining_turns_them_too(tmp_path: Path) -> None:
-    config = EvaluationSetConfig(shards=str(tmp_path / "0.tar"), exif_orientation=True)
+    config = EvaluationSetConfig(shards=str(tmp_path / "test.tar"), exif_orientation=True)
     evaluator = ClassificationEvaluator(config, 8, 1, (0.5,) * 3, (0.5,) * 3)
     assert is_upright(evaluator.dataset[0]["image"])
