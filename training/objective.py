@@ -108,6 +108,11 @@ class Objective(nn.Module):
             )
         enable(True)
 
+    def training_flops(self) -> float | None:
+        """Operations of a training step for one sample, where they are known: those of the model,
+        without what is computed again to save memory. Called when it is settled what is trained."""
+        return None
+
     def no_weight_decay(self) -> set[str]:
         """Names of `model`'s parameters that must not be decayed."""
         named = getattr(self.model, "no_weight_decay", None)

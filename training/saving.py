@@ -6,7 +6,7 @@ import errno
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -160,7 +160,10 @@ class Saver:
             ) from error
 
     def publish(
-        self, writer: CheckpointWriter, position: dict[str, int], figures: dict[str, float | None]
+        self,
+        writer: CheckpointWriter,
+        position: Mapping[str, int],
+        figures: dict[str, float | None],
     ) -> Path | None:
         """Give it its name and remove what is no longer kept; its path on the main process.
 

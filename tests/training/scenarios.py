@@ -74,6 +74,15 @@ def interrupts_twice() -> None:
         os.kill(os.getpid(), signal.SIGINT)
 
 
+def breaks_checkpoints() -> None:
+    """From now on no checkpoint can be written or named: the folder becomes the kernel's."""
+    checkpoints = FOLDER / "checkpoints"
+    while (checkpoints / ".step_00000006.partial").exists():  # of a save that has begun
+        time.sleep(0.01)
+    shutil.move(checkpoints, FOLDER / "moved")
+    checkpoints.symlink_to("/proc/sys/kernel")
+
+
 TERM, INT, USR1 = signal.SIGTERM, signal.SIGINT, signal.SIGUSR1
 SCENARIOS = {
     "unbroken": Scenario(),

@@ -30,6 +30,7 @@ from training.finite import NonFiniteError
 from training.loop import Trainer
 from training.objective import Batch, Evaluator, Metrics, Objective
 from training.step import TrainingStep
+from training.tracking import Report
 
 BATCH = 8
 
@@ -118,7 +119,7 @@ def make_trainer(
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
-    options = {name: settings.pop(name) for name in ("flops", "settings") if name in settings}
+    report = Report(settings.pop("settings", {}), settings.pop("describe", None))
     train = TrainConfig(**{"steps": 12, "batch_size": BATCH, "log_every": 1} | settings)
     run_dir.mkdir(parents=True, exist_ok=True)
     return Trainer(
@@ -131,7 +132,7 @@ def make_trainer(
         accelerator or Accelerator(cpu=True),
         run_dir,
         resume,
-        **options,
+        report=report,
     )
 
 
