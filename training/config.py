@@ -135,7 +135,8 @@ class TrainConfig:
     trackers: list[Literal["wandb", "trackio", "mlflow", "swanlab"]] = field(default_factory=list)
     """Also send figures there, through Accelerate."""
     sample_sheets: bool = True
-    """Draw the first batches, as the model gets them, into `samples/`."""
+    """Draw the first batches, as the model gets them, into `samples/` and for trackers that take
+    pictures (TensorBoard, wandb, swanlab)."""
     peak_tflops: float = 0.0
     """What a device can do at most in the precision of the run, for `mfu`; 0 looks it up for some
     GPUs."""

@@ -23,7 +23,7 @@ from training.objective import Batch, Metrics
 from training.progress import Progress
 from training.run_directory import MetricsWriter
 from training.run_log import LOGGER, say
-from training.sample_sheet import write_sheet
+from training.sample_sheet import draw_sheet
 
 PROJECT = "softmoe-clip"
 SHEETS = 2  # first batches that are drawn
@@ -155,7 +155,8 @@ class Tracking:
         return found | ({"mfu": round(tflops / peak, 4)} if peak else {})
 
     def draw(self, batch: Batch, step: int) -> None:
-        """Draw the first batches of a run, as they reach the model, into `samples/`."""
+        """Draw the first batches of a run, as they reach the model, into `samples/`, and for
+        trackers that take pictures."""
         images = batch.get("image")
         if self.writer is None or self._sheets == 0 or not isinstance(images, Tensor):
             return
@@ -164,7 +165,13 @@ class Tracking:
         if self.report.describe is not None:
             captions = self.report.describe(batch)
         path = self.run_dir / "samples" / f"step_{step:08d}.png"
-        write_sheet(path, images, captions)
+        path.parent.mkdir(exist_ok=True)
+        sheet = draw_sheet(images, captions)
+        sheet.save(path)
+        self.writer.write_picture("samples", step, sheet)
+        for tracker in self.accelerator.trackers if self.train.trackers else ():
+            if hasattr(tracker, "log_images"):  # not all can take pictures
+                tracker.log_images({"samples": [sheet]}, step=step)
 
     def summary(self, step: int, skipped: Counter[str]) -> None:
         """Say what the run has done since it was started, on the main process."""

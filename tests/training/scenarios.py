@@ -77,6 +77,7 @@ def interrupts_twice() -> None:
         os.kill(os.getpid(), signal.SIGINT)
 
 
+COMPILED = {"compile": "eager", "log_routing": False}
 BESIDE = {"save_in_background": True}
 TERM, INT, USR1 = signal.SIGTERM, signal.SIGINT, signal.SIGUSR1
 SCENARIOS = {
@@ -92,6 +93,11 @@ SCENARIOS = {
     "term in a step of one": Scenario("step", passing(TERM), 2, 1),
     "int while one waits": Scenario("data", sends(INT), 2, 1),
     "usr1 in an evaluation of one": Scenario("evaluation", sends(USR1), 2, 1),
+    "term while compiling": Scenario("compilation", passing(TERM), settings=COMPILED),
+    "int while an evaluation compiles": Scenario(
+        "compilation of an evaluation", sends(INT), settings=COMPILED
+    ),
+    "term while one compiles": Scenario("compilation", passing(TERM), 2, 1, COMPILED),
     "one dies": Scenario("step", passing(signal.SIGKILL), 2, 1),
     "one fails": Scenario("data", fails, 2, 1),
     "nan of one": Scenario("loss", lambda: None, 2, 1),
@@ -197,9 +203,24 @@ def train(folder: Path, scenario: Scenario, rank: int, noise: bool = True) -> in
         newest,
     )
     probe.trainer = trainer
+    if "compilation" in scenario.place and rank == scenario.rank:
+        happens_in_compilation(scenario, task)
     if trainer.step < STEPS or trainer.owes_evaluation():
         trainer.fit()
     return 75 if trainer.stopped else 0
+
+
+def happens_in_compilation(scenario: Scenario, task: nn.Module) -> None:
+    """Let the event of a scenario happen once, when a graph begins to be compiled."""
+    from torch._dynamo.callback import on_compile_start
+
+    pending = [scenario.event]
+
+    def begins(_: Any) -> None:
+        if pending and task.training == (scenario.place == "compilation"):
+            pending.pop()()
+
+    on_compile_start(begins)
 
 
 def free_port() -> int:

@@ -28,7 +28,7 @@ from training.checkpoint import checkpoint_name as name_of
 from training.config import OptimizerConfig, ScheduleConfig, TrainConfig
 from training.finite import NonFiniteError
 from training.loop import Trainer
-from training.objective import Batch, Evaluator, Metrics, Objective
+from training.objective import Batch, Evaluator, Metrics, Objective, TrainingStream
 from training.step import TrainingStep
 from training.tracking import Report
 
@@ -113,6 +113,7 @@ def make_trainer(
     clip_norm: float = 1.0,
     accelerator: Accelerator | None = None,
     schedule: ScheduleConfig | None = None,
+    stream: TrainingStream | None = None,
     **settings: Any,
 ) -> Trainer:
     """A trainer of 12 steps from seed 0, with a checkpoint every 4."""
@@ -124,7 +125,7 @@ def make_trainer(
     run_dir.mkdir(parents=True, exist_ok=True)
     return Trainer(
         objective(),
-        RowStream(),
+        stream or RowStream(),
         evaluators,
         train,
         OptimizerConfig(lr=0.05, clip_norm=clip_norm),
