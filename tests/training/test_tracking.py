@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import sqlite3
 from collections.abc import Iterator
+from contextlib import closing
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +20,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from scripts.cli import parse_config
 from scripts.plot_run import main as plot
 from scripts.pretrain import PretrainRun
-from tests.training.test_loop import Regression, RowStream, make_trainer
+from tests.training.test_loop import Regression, RowStream, make_trainer, metrics
 from training.objective import Batch
 from training.plan import check_settings
 from training.run_directory import flat_settings
@@ -125,3 +128,32 @@ def test_curves_of_two_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         with pytest.raises(SystemExit):
             plot(arguments)
         assert message in capsys.readouterr().err
+
+
+TRACKED = """
+import sys
+from pathlib import Path
+from tests.training.test_loop import make_trainer, quiet
+folder = Path(sys.argv[1])
+for resume in (None, folder / "checkpoints" / "step_00000002"):
+    settings = {"settings": {"train.steps": "3"}, "save_every": 2, "keep_last": 3}
+    make_trainer(folder, quiet, trackers=["trackio"], steps=3, resume=resume, **settings).fit()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("trackio") is None, reason="trackio is not installed")
+def test_trackio_without_a_network(tmp_path: Path, run_python: Any) -> None:
+    folder, kept = tmp_path / "run", tmp_path / "kept"
+    offline = {"HF_HUB_OFFLINE": "1", "GRADIO_ANALYTICS_ENABLED": "False"}
+    result = run_python("-c", TRACKED, folder, TRACKIO_DIR=str(kept), **offline)
+    assert result.returncode == 0, result.stderr[-2000:]
+    with closing(sqlite3.connect(kept / "softmoe-clip.db")) as base:
+        rows = list(base.execute("select run_name, step, metrics from metrics order by id"))
+        ((config,),) = base.execute("select config from configs")
+    # A resumed run goes on in its own record, and sends again what it repeats.
+    assert [step for _, step, _ in rows] == [1, 2, 3, 3]
+    run_id = (folder / "tracker_id.txt").read_text().strip()
+    assert {name for name, _, _ in rows} == {f"run-{run_id}"}
+    assert json.loads(rows[0][2])["metrics/loss"] == pytest.approx(metrics(folder)[0]["loss"])
+    assert json.loads(config)["train.steps"] == "3"
