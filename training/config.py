@@ -138,8 +138,8 @@ class TrainConfig:
     """Draw the first batches, as the model gets them, into `samples/` and for trackers that take
     pictures (TensorBoard, wandb, swanlab)."""
     peak_tflops: float = 0.0
-    """What a device can do at most in the precision of the run, for `mfu`; 0 looks it up for some
-    GPUs."""
+    """What a device can do at most in the precision of the run, for `tflops` and `mfu`; 0 looks it
+    up for some GPUs."""
     threads: int | None = None
     """CPU threads of each process; null chooses from the cores that are there."""
 

@@ -34,7 +34,7 @@ from training.run_log import say
 from training.saving import SaveError, Saver, total_counts
 from training.signals import Interrupted, StopRequests
 from training.step import TrainingStep
-from training.tracking import Report, Tracking
+from training.tracking import Report, Tracking, peak_tflops
 
 
 class Trainer:
@@ -92,7 +92,9 @@ class Trainer:
         self._resumed_random: dict[str, Tensor] | None = None
         if resume is not None:
             self._continue_from(resume)
-        self.flops = objective.training_flops()
+        # Before it is compiled and divided among processes, which then would all have to count.
+        counts = accelerator.is_main_process and peak_tflops(train, accelerator.device)
+        self.flops = objective.training_flops() if counts else None
         self.wrapped, self.updater = self._prepare()
         self._update = self._make_step()
         self._evaluation = Evaluation(

@@ -109,8 +109,9 @@ class Objective(nn.Module):
         enable(True)
 
     def training_flops(self) -> float | None:
-        """Operations of a training step for one sample, where they are known: those of the model,
-        without what is computed again to save memory. Called when it is settled what is trained."""
+        """Operations of a training step for one sample: those of the model's forward and backward
+        pass, without what is computed again to save memory; None where they cannot be counted.
+        Called when it is settled what is trained, and only where somebody wants to know."""
         return None
 
     def no_weight_decay(self) -> set[str]:

@@ -44,6 +44,13 @@ def check_trackers(names: Sequence[str]) -> None:
             )
 
 
+def peak_tflops(train: TrainConfig, device: torch.device) -> float:
+    """What a device can do at most in the precision of a run; 0 where it is not known."""
+    if train.peak_tflops or device.type != "cuda" or train.precision not in ("bf16", "fp16"):
+        return train.peak_tflops
+    return PEAK_TFLOPS.get(torch.cuda.get_device_name(device), 0.0)
+
+
 @dataclass(frozen=True)
 class Report:
     """What a run can tell about itself.
@@ -62,7 +69,7 @@ class Tracking:
 
     Args:
         resumed_step: where the run goes on; later rows of its files are dropped.
-        flops: of a training step, for one sample; None where they are not known.
+        flops: of a training step, for one sample; None unless they and the peak are known.
     """
 
     def __init__(
@@ -149,10 +156,7 @@ class Tracking:
             return found
         tflops = 1e-12 * self.flops * samples_per_second / self.accelerator.num_processes
         found["tflops"] = round(tflops, 4)
-        peak = self.train.peak_tflops
-        if not peak and device.type == "cuda" and self.train.precision in ("bf16", "fp16"):
-            peak = PEAK_TFLOPS.get(torch.cuda.get_device_name(device), 0.0)
-        return found | ({"mfu": round(tflops / peak, 4)} if peak else {})
+        return found | {"mfu": round(tflops / peak_tflops(self.train, device), 4)}
 
     def draw(self, batch: Batch, step: int) -> None:
         """Draw the first batches of a run, as they reach the model, into `samples/`, and for
