@@ -11,7 +11,7 @@ from torch import Tensor
 
 from classification.config import ClassifierConfig
 from classification.losses import LOSSES, smooth_targets
-from encoders.auxiliary_losses import add_auxiliary_losses, routed_layers
+from encoders.auxiliary_losses import add_auxiliary_losses, routed_layers, routed_parameters
 from encoders.model_size import count_training_flops
 from encoders.pixels import Normalize
 from encoders.routing_statistics import RoutingMonitor
@@ -99,6 +99,9 @@ class ClassificationObjective(Objective):
         if labels.ndim == 1:
             metrics["batch_accuracy"] = (logits.detach().argmax(-1) == labels).float().mean()
         return add_auxiliary_losses(loss, metrics, self._routed_layers), metrics
+
+    def parameter_groups(self) -> dict[str, set[str]]:
+        return routed_parameters(self.model)
 
     def training_flops(self) -> float | None:
         group = images_routed_together(self.model)

@@ -23,7 +23,7 @@ from contrastive.losses import check_features, normalize_features
 from contrastive.ring import ring_siglip_loss
 from contrastive.targets import Targets
 from contrastive.tiled_losses import tiled_clip_loss, tiled_siglip_loss
-from encoders.auxiliary_losses import add_auxiliary_losses, routed_layers
+from encoders.auxiliary_losses import add_auxiliary_losses, routed_layers, routed_parameters
 from encoders.model_size import count_training_flops
 from encoders.pixels import Normalize
 from encoders.routed_layer import RoutedLayer
@@ -234,6 +234,9 @@ class ContrastiveObjective(Objective):
         metrics["positive_logit"] = found.positive_logit
         metrics["negative_logit"] = found.negative_logit
         return loss, metrics
+
+    def parameter_groups(self) -> dict[str, set[str]]:
+        return routed_parameters(self.model)
 
     def training_flops(self) -> float | None:
         """Of both towers; the logits come on top. Towers whose embeddings are cached cost nothing,

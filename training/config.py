@@ -14,6 +14,9 @@ class ParameterRule:
 
     match: str = ""
     """Regular expression for the whole name of a parameter, as the model calls it."""
+    group: Literal["", "experts", "phi", "scale"] = ""
+    """In the place of `match`, parameters of all routed layers of both towers: the experts' kernels
+    and biases; Phi, or what other routers have in its place; the scales of Soft MoE routers."""
     lr: float = 1.0
     """Factor on the learning rate."""
     weight_decay: float | None = None

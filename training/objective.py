@@ -114,6 +114,10 @@ class Objective(nn.Module):
         Called when it is settled what is trained, and only where somebody wants to know."""
         return None
 
+    def parameter_groups(self) -> dict[str, set[str]]:
+        """Names of `model`'s parameters by the `group` of a `ParameterRule`."""
+        return {}
+
     def no_weight_decay(self) -> set[str]:
         """Names of `model`'s parameters that must not be decayed."""
         named = getattr(self.model, "no_weight_decay", None)
