@@ -11,9 +11,11 @@ from torch import Tensor
 
 from classification.config import ClassifierConfig
 from classification.losses import LOSSES, smooth_targets
-from encoders.auxiliary_losses import add_auxiliary_losses, routed_layers
+from encoders.auxiliary_losses import add_auxiliary_losses, routed_layers, routed_parameters
+from encoders.model_size import count_training_flops
 from encoders.pixels import Normalize
 from encoders.routing_statistics import RoutingMonitor
+from encoders.sparse_base import images_routed_together
 from encoders.temperature import changing_temperatures, set_training_step, temperature_metrics
 from encoders.variants import create_encoder
 from training.objective import Batch, Metrics, Objective
@@ -97,6 +99,14 @@ class ClassificationObjective(Objective):
         if labels.ndim == 1:
             metrics["batch_accuracy"] = (logits.detach().argmax(-1) == labels).float().mean()
         return add_auxiliary_losses(loss, metrics, self._routed_layers), metrics
+
+    def parameter_groups(self) -> dict[str, set[str]]:
+        return routed_parameters(self.model)
+
+    def training_flops(self) -> float | None:
+        group = images_routed_together(self.model)
+        size = self.model.pretrained_cfg["input_size"]
+        return count_training_flops(self.model, lambda: (torch.empty(group, *size),), group)
 
     def before_step(self, step: int) -> None:
         set_training_step(self._temperatures, step)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from open_clip.hf_model import HFTextEncoder
+from open_clip.tokenizer import DEFAULT_CONTEXT_LENGTH
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -22,7 +23,8 @@ from contrastive.losses import check_features, normalize_features
 from contrastive.ring import ring_siglip_loss
 from contrastive.targets import Targets
 from contrastive.tiled_losses import tiled_clip_loss, tiled_siglip_loss
-from encoders.auxiliary_losses import add_auxiliary_losses, routed_layers
+from encoders.auxiliary_losses import add_auxiliary_losses, routed_layers, routed_parameters
+from encoders.model_size import count_training_flops
 from encoders.pixels import Normalize
 from encoders.routed_layer import RoutedLayer
 from encoders.routing_statistics import RoutingMonitor
@@ -81,6 +83,7 @@ class ContrastiveObjective(Objective):
         frozen: modules and parameters that are not trained; they get no gradient, and such modules
             stay in eval mode.
         files: more JSON files of each checkpoint, such as those of a tokenizer.
+        cached: the sides, of image and text, whose embeddings the batches hold.
 
     Raises:
         ValueError: the clip loss is to go round a ring.
@@ -97,6 +100,7 @@ class ContrastiveObjective(Objective):
         std: tuple[float, ...],
         frozen: tuple[nn.Module | nn.Parameter, ...] = (),
         files: dict[str, dict[str, Any]] | None = None,
+        cached: Collection[str] = (),
     ) -> None:
         super().__init__()
         if config.exchange == "ring" and config.loss != "siglip":
@@ -106,7 +110,7 @@ class ContrastiveObjective(Objective):
             )
         self.model = model
         self.model_config, self.config = model_config, config
-        self.files = files or {}
+        self.files, self.cached = files or {}, frozenset(cached)
         self._routed_layers = routed_layers(model)
         self._temperatures = changing_temperatures(model)
         self._monitor = RoutingMonitor(getattr(model.visual, "trunk", model.visual))
@@ -231,6 +235,26 @@ class ContrastiveObjective(Objective):
         metrics["positive_logit"] = found.positive_logit
         metrics["negative_logit"] = found.negative_logit
         return loss, metrics
+
+    def parameter_groups(self) -> dict[str, set[str]]:
+        return routed_parameters(self.model)
+
+    def training_flops(self) -> float | None:
+        """Of both towers; the logits come on top. Towers whose embeddings are cached cost nothing,
+        frozen ones a forward pass."""
+        rows = images_routed_together(self.model)
+        size = self.model_config["vision_cfg"]["image_size"]
+        length = self.model_config["text_cfg"].get("context_length", DEFAULT_CONTEXT_LENGTH)
+
+        def inputs() -> tuple[Tensor | None, Tensor | None]:
+            images = torch.empty(rows, 3, size, size)
+            texts = torch.ones(rows, length, dtype=torch.int64)
+            return (
+                None if "image" in self.cached else images,
+                None if "text" in self.cached else texts,
+            )
+
+        return count_training_flops(self.model, inputs, rows)
 
     def compiled_parts(self) -> Sequence[nn.Module]:
         return [self.model.visual, self.model.text]

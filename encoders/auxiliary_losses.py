@@ -69,6 +69,23 @@ def routed_layers(model: nn.Module) -> tuple[RoutedLayer, ...]:
     return tuple(module for module in model.modules() if isinstance(module, RoutedLayer))
 
 
+def routed_parameters(model: nn.Module) -> dict[str, set[str]]:
+    """Names of the parameters of routed layers, by kind.
+
+    Returns:
+        "experts": kernels and biases of all banks; "phi": what the routers know by, Soft MoE's Phi,
+        or the kernels and embeddings in its place; "scale": their parameters without axes.
+    """
+    found: dict[str, set[str]] = {"experts": set(), "phi": set(), "scale": set()}
+    for prefix, layer in model.named_modules():
+        if isinstance(layer, RoutedLayer):
+            experts = set(layer.experts.parameters())
+            for name, parameter in layer.named_parameters(prefix):
+                own = "phi" if parameter.ndim else "scale"
+                found["experts" if parameter in experts else own].add(name)
+    return found
+
+
 def collect_auxiliary_losses(model: nn.Module | Iterable[RoutedLayer]) -> dict[str, Tensor]:
     """Take the terms of the latest forward pass: name to the sum over layers, 0-D.
 

@@ -118,8 +118,43 @@ def _flops(model: nn.Module, batch: int, image_size: tuple[int, int]) -> float:
             pass
     # torch 2.11 does not count its fused attention on the CPU.
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        _run_fake(model, batch, image_size)
+        _run_fake(model, _images(batch, image_size))
     return counter.get_total_flops() / batch
+
+
+def count_training_flops(
+    model: nn.Module, inputs: Callable[[], tuple[Any, ...]], batch: int
+) -> float | None:
+    """Operations of a forward and a backward pass per sample, as `encoders.flops` counts them.
+
+    Every matrix product costs as much again for each of its two gradients that is needed: about
+    three forward passes in all where everything is trained, one where nothing is. Counted by
+    torch's `FlopCounterMode` on fake tensors, in the mode that the model is in; weights may be
+    anywhere, and are not touched. None where a model does what fake tensors cannot follow.
+
+    Args:
+        model: returns a tensor, or a dict of which the tensors of a batch are differentiated.
+        inputs: makes the arguments of one call, of `batch` samples.
+    """
+
+    def run(forward: Callable[[], Any], _: dict[str, Tensor]) -> None:
+        found = forward()
+        parts = list(found.values()) if isinstance(found, dict) else [found]
+        results = [part for part in parts if isinstance(part, Tensor) and part.ndim > 1]
+        sums = [part.sum() for part in results if part.requires_grad]
+        if sums:
+            torch.stack(sums).sum().backward()
+
+    try:
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+            _run_fake(model, inputs, run, trains_all=False)
+    except Exception:  # of whatever library a tower is from: a figure is not worth a run
+        return None
+    return counter.get_total_flops() / batch
+
+
+def _images(batch: int, image_size: tuple[int, int]) -> Callable[[], tuple[Tensor]]:
+    return lambda: (torch.empty(batch, 3, *image_size),)
 
 
 def _saved_bytes(model: nn.Module, batch: int, image_size: tuple[int, int], autocast: bool) -> int:
@@ -141,23 +176,23 @@ def _saved_bytes(model: nn.Module, batch: int, image_size: tuple[int, int], auto
             saved.pop(tensor.untyped_storage()._cdata, None)
         del result
 
-    _run_fake(model, batch, image_size, run)
+    _run_fake(model, _images(batch, image_size), run)
     return sum(saved.values())
 
 
 def _run_fake(
     model: nn.Module,
-    batch: int,
-    image_size: tuple[int, int],
+    inputs: Callable[[], tuple[Any, ...]],
     run: Callable[[Callable[[], Any], dict[str, Tensor]], None] = lambda forward, _: forward(),
+    trains_all: bool = True,
 ) -> None:
-    """`run` a forward pass of `model` with fake parameters on fake images."""
+    """`run` a forward pass of `model` with fake parameters on fake inputs."""
     with FakeTensorMode():
         state = {
             name: torch.empty(value.shape, dtype=value.dtype).requires_grad_(
-                isinstance(value, nn.Parameter)
+                isinstance(value, nn.Parameter) and (value.requires_grad or trains_all)
             )
             for name, value in [*model.named_parameters(), *model.named_buffers()]
         }
-        images = torch.empty(batch, 3, *image_size)
-        run(lambda: functional_call(model, state, (images,)), state)
+        arguments = inputs()
+        run(lambda: functional_call(model, state, arguments), state)

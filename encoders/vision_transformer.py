@@ -16,7 +16,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from timm.layers import Attention, LayerNorm, Mlp, lecun_normal_
+from timm.layers import Attention, DropPath, LayerNorm, Mlp, lecun_normal_
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
@@ -63,6 +63,9 @@ class SoftMoEVisionTransformer(VisionTransformer):
             `encoders.soft_moe.slots_for_capacity`); routers with a capacity get it as it is. The
             number of slots stays when the input size changes later.
         router_options: further arguments of the layer, by name, such as `noise_std`.
+        routed_drop_path_rate: how often a sample leaves out a routed layer in training (stochastic
+            depth of its residual branch), alike in all routed blocks; what `drop_path_rate` gives
+            their blocks, which grows with depth, when None. Attention keeps that in any case.
         pos_embed: "learn", "none", or "sincos2d" for fixed sines and cosines of both coordinates,
             which are no parameter and which a class token does not get.
         pos_embed_std: standard deviation of a learned position embedding at the start. The
@@ -85,6 +88,7 @@ class SoftMoEVisionTransformer(VisionTransformer):
         slots_per_expert: int | None = None,
         capacity_factor: float | None = None,
         router_options: dict[str, Any] | None = None,
+        routed_drop_path_rate: float | None = None,
         pos_embed: str = "learn",
         pos_embed_std: float = 0.02,
         representation_size: int | None = None,
@@ -97,6 +101,8 @@ class SoftMoEVisionTransformer(VisionTransformer):
         options = merge_options(
             router_options or {}, slots_per_expert=slots_per_expert, capacity_factor=capacity_factor
         )
+        if routed_drop_path_rate is not None and not 0 <= routed_drop_path_rate < 1:
+            raise ValueError(f"routed_drop_path_rate={routed_drop_path_rate} must be in [0, 1)")
         if pos_embed not in ("learn", "none", "sincos2d"):
             raise ValueError(f"pos_embed='{pos_embed}': choose learn, none or sincos2d")
         width, heads = kwargs.get("embed_dim", 768), kwargs.get("num_heads", 12)
@@ -106,7 +112,9 @@ class SoftMoEVisionTransformer(VisionTransformer):
             check_grid(kwargs.get("img_size", 224), kwargs.get("patch_size", 16))
         fixed = pos_embed == "sincos2d"
         defaults = ARRANGEMENT | {
-            "block_fn": block_factory(self, routed, router, num_experts, options),
+            "block_fn": block_factory(
+                self, routed, router, num_experts, options, routed_drop_path_rate
+            ),
             "no_embed_class": fixed,
         }
         super().__init__(
@@ -240,6 +248,7 @@ def block_factory(
     router: str,
     num_experts: int,
     options: dict[str, Any],
+    drop_path_rate: float | None = None,
 ) -> Callable[..., Block]:
     """What timm calls for each block of `model`, whose patch embedding exists by then."""
 
@@ -259,7 +268,10 @@ def block_factory(
     def block(depth: int, **rest: Any) -> Block:
         if depth in routed:
             rest["mlp_layer"] = routed_mlp
-        return Block(depth=depth, **rest)
+        made = Block(depth=depth, **rest)
+        if depth in routed and drop_path_rate is not None:
+            made.drop_path2 = DropPath(drop_path_rate) if drop_path_rate else nn.Identity()
+        return made
 
     return block
 

@@ -30,6 +30,7 @@ from training.run_directory import (
 )
 from training.run_log import run_log, say
 from training.signals import RESUMABLE
+from training.tracking import Report
 
 SUPPORTED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 # Optimizers that treat every number of a parameter for itself.
@@ -111,12 +112,11 @@ class Launch:
         evaluators: Sequence[Evaluator],
         notes: Sequence[str] = (),
         *,
-        flops: float | None = None,
         describe: Callable[[Batch], list[str]] | None = None,
     ) -> None:
         """Prepare the run directory, train, and report what was skipped.
 
-        The log begins with `notes`; see `Tracking` for `flops` and `describe`.
+        The log begins with `notes`; see `Report` for `describe`.
         Nothing is written before the trainer has accepted its
         settings, nor by a finished run.
         """
@@ -133,9 +133,7 @@ class Launch:
             self.run_dir,
             self.resume,
             layout=self._layout(),
-            settings=flat_settings(plain_settings(config)),
-            flops=flops,
-            describe=describe,
+            report=Report(flat_settings(plain_settings(config)), describe),
         )
         if trainer.step < trainer.plan.steps or trainer.owes_evaluation():
             if main:  # only now, so that settings that are refused leave no folder behind
@@ -212,16 +210,6 @@ class Launch:
             )
         else:
             say(f"done: {trainer.last_checkpoint}")
-
-
-def known_flops(model: Any) -> float | None:
-    """Operations of an image encoder for one picture, forward; None where there is no formula."""
-    from encoders.flops import image_flops
-
-    try:
-        return float(sum(image_flops(model).values()))
-    except (ValueError, AttributeError, TypeError):
-        return None
 
 
 def _short(value: float | None) -> str:

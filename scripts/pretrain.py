@@ -47,7 +47,7 @@ def train(config: PretrainRun) -> None:
     from contrastive.weight_checks import check_pixels
     from contrastive.weight_sources import image_source
     from data_pipelines.classification import class_names, classification_stream, open_source
-    from scripts.launch import Launch, known_flops
+    from scripts.launch import Launch
 
     launch = Launch(config)
     parts = launch.accelerator.num_processes * max(1, config.train.accumulation)
@@ -83,7 +83,6 @@ def train(config: PretrainRun) -> None:
         stream,
         evaluators,
         notes,
-        flops=known_flops(model),
         describe=lambda batch: _captions(batch["label"], classes),
     )
 

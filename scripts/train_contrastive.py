@@ -90,7 +90,7 @@ def train(config: ContrastiveRun) -> None:
     if config.text.kind == "hugging_face":
         files = checkpoint_files(description["text_cfg"], tokenizer)
     objective = ContrastiveObjective(
-        model, description, config.contrastive, mean, std, frozen, files
+        model, description, config.contrastive, mean, std, frozen, files, stream.cached
     )
 
     def subject_of(model: Any) -> Subject:

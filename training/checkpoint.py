@@ -127,15 +127,21 @@ class CheckpointWriter:
 
     def add_tensors(self, name: str, tensors: dict[str, Tensor]) -> None:
         """Write a safetensors file, with its folder."""
-        path = self.partial / name
-        path.parent.mkdir(exist_ok=True)
+        path = self._place(name)
         save_tensors({key: v.detach().cpu().contiguous() for key, v in tensors.items()}, path)
 
     def add_json(self, name: str, content: dict[str, Any]) -> None:
         """Write a JSON file, with its folder."""
-        path = self.partial / name
-        path.parent.mkdir(exist_ok=True)
+        path = self._place(name)
         path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+    def _place(self, name: str) -> Path:
+        """Where a file goes. The partial folder itself is not made again: where it has been
+        removed, a save has failed, and what is written later is no checkpoint."""
+        path = self.partial / name
+        if path.parent != self.partial:
+            path.parent.mkdir(exist_ok=True)
+        return path
 
     def publish(self, step: int, facts: Mapping[str, Any] | None = None) -> Path:
         """Flush every file, write the manifest and give the folder its final name.

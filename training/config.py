@@ -14,6 +14,9 @@ class ParameterRule:
 
     match: str = ""
     """Regular expression for the whole name of a parameter, as the model calls it."""
+    group: Literal["", "experts", "phi", "scale"] = ""
+    """In the place of `match`, parameters of all routed layers of both towers: the experts' kernels
+    and biases; Phi, or what other routers have in its place; the scales of Soft MoE routers."""
     lr: float = 1.0
     """Factor on the learning rate."""
     weight_decay: float | None = None
@@ -135,10 +138,11 @@ class TrainConfig:
     trackers: list[Literal["wandb", "trackio", "mlflow", "swanlab"]] = field(default_factory=list)
     """Also send figures there, through Accelerate."""
     sample_sheets: bool = True
-    """Draw the first batches, as the model gets them, into `samples/`."""
+    """Draw the first batches, as the model gets them, into `samples/` and for trackers that take
+    pictures (TensorBoard, wandb, swanlab)."""
     peak_tflops: float = 0.0
-    """What a device can do at most in the precision of the run, for `mfu`; 0 looks it up for some
-    GPUs."""
+    """What a device can do at most in the precision of the run, for `tflops` and `mfu`; 0 looks it
+    up for some GPUs."""
     threads: int | None = None
     """CPU threads of each process; null chooses from the cores that are there."""
 

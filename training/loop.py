@@ -6,35 +6,27 @@ Positions are counted in steps; samples seen are steps times the global batch.
 
 from __future__ import annotations
 
-import threading
-import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import Tensor
 
-from training.checkpoint import CheckpointWriter, random_state, restore_random_state
+from training.checkpoint import random_state, restore_random_state
 from training.config import OptimizerConfig, ScheduleConfig, TrainConfig
 from training.durations import seconds
 from training.ema import WeightAverage
-from training.evaluation import Evaluation
+from training.evaluation import Evaluation, Figures
 from training.machine import keep_freed_memory
+from training.milestones import Milestones
 from training.objective import Batch, Evaluator, Metrics, Objective, TrainingStream, check_share
 from training.optim import build_optimizer
-from training.parallel import Layout
-from training.plan import (
-    MEASURED,
-    UNKNOWN,
-    announce,
-    check_settings,
-    make_guard,
-    make_plan,
-    say_speed,
-)
+from training.pace import Pace
+from training.parallel import Layout, Prepared
+from training.plan import UNKNOWN, announce, check_settings, make_guard, make_plan, say_speed
 from training.processes import Agreement, Watch, end_loaders
 from training.progress import Progress
 from training.run_directory import has_row
@@ -42,7 +34,7 @@ from training.run_log import say
 from training.saving import SaveError, Saver, total_counts
 from training.signals import Interrupted, StopRequests
 from training.step import TrainingStep
-from training.tracking import Tracking
+from training.tracking import Report, Tracking, peak_tflops
 
 
 class Trainer:
@@ -52,9 +44,7 @@ class Trainer:
         accelerator: device, precision and processes.
         run_dir: an existing folder; receives metrics, evaluations and checkpoints.
         resume: a verified checkpoint of the same run to continue from, or None.
-        settings: the run's settings by dotted name, for trackers.
-        flops: of the model for one sample, forward, or None.
-        describe: captions of the rows of a batch, for the pictures of the first batches.
+        report: what the run can tell about itself.
         layout: how parameters lie on the processes; whole on each when None.
 
     Attributes:
@@ -77,15 +67,13 @@ class Trainer:
         run_dir: Path,
         resume: Path | None = None,
         *,
-        settings: Mapping[str, Any] | None = None,
-        flops: float | None = None,
-        describe: Callable[[Batch], list[str]] | None = None,
+        report: Report | None = None,
         layout: Layout | None = None,
     ) -> None:
         self.layout = layout or Layout()
         self.objective, self.stream, self.evaluators = objective, stream, evaluators
         self.train, self.optim, self.run_dir = train, optimizer, run_dir
-        self.accelerator, self.last_checkpoint = accelerator, resume
+        self.accelerator, self.report = accelerator, report or Report()
         processes = accelerator.num_processes
         check_settings(train, optimizer, processes, [e.name for e in evaluators])
         self.plan = make_plan(train, schedule, len(stream))
@@ -99,62 +87,76 @@ class Trainer:
         self.layout.place(objective, accelerator.device)
         self.average = WeightAverage(objective.model, train.ema_decay) if train.ema_decay else None
         self.guard = make_guard(train, accelerator, run_dir)
-        self.saver = Saver(
-            run_dir / "checkpoints",
-            objective,
-            self.optimizer,
-            stream,
-            accelerator,
-            self.guard,
-            self.layout,
-            keep_last=train.keep_last,
-            keep_every=self.plan.keep_every,
-            keep_best=train.keep_best,
-            in_background=train.save_in_background,
-            average=self.average,
-            exports_average=train.ema_export,
-        )
+        self.saver = self._make_saver()
         self.step, self.skipped = 0, Counter[str]()
         self._resumed_random: dict[str, Tensor] | None = None
         if resume is not None:
             self._continue_from(resume)
-        if train.gradient_checkpointing:
-            objective.checkpoint_gradients()
-        for part in objective.compiled_parts() if train.compile else ():
-            part.compile(backend=train.compile)
-        self.wrapped: nn.Module
-        self.wrapped, self.updater = self.layout.prepare(accelerator, objective, self.optimizer)
-        if self.average is not None:
-            self.average.average = self.layout.divide(self.average.average, objective.model)
-        self._update = TrainingStep(
-            objective,
-            self.wrapped,
-            self.updater,
-            accelerator,
-            self.guard,
-            self.layout,
-            optimizer,
-            self.plan,
-            self.saver.settle,
-            parts=train.accumulation,
-            average=self.average,
-        )
+        # Before it is compiled and divided among processes, which then would all have to count.
+        counts = accelerator.is_main_process and peak_tflops(train, accelerator.device)
+        self.flops = objective.training_flops() if counts else None
+        self.wrapped, self.updater = self._prepare()
+        self._update = self._make_step()
         self._evaluation = Evaluation(
             objective,
             evaluators,
             accelerator,
             self.average if train.ema_evaluate else None,
             self.layout,
-            # Several processes cannot leave an evaluation together; see `_evaluate_and_save`.
+            # Several processes cannot leave an evaluation together; see `Milestones`.
             lambda: self._requests.interruptible() if processes == 1 else nullcontext(),
         )
+        self.milestones = Milestones(
+            self.saver, self.evaluate, self._enter, processes, bool(train.keep_best), resume
+        )
         self.stopped: str | None = None
-        self._tracking_options = {"settings": settings or {}, "flops": flops, "describe": describe}
         self.tracking: Tracking | None = None
         self._requests = StopRequests()
         self._watch: Watch | None = None
-        self._pending: CheckpointWriter | None = None
-        self._publishing = threading.Lock()
+
+    def _make_saver(self) -> Saver:
+        return Saver(
+            self.run_dir / "checkpoints",
+            self.objective,
+            self.optimizer,
+            self.stream,
+            self.accelerator,
+            self.guard,
+            self.layout,
+            keep_last=self.train.keep_last,
+            keep_every=self.plan.keep_every,
+            keep_best=self.train.keep_best,
+            in_background=self.train.save_in_background,
+            average=self.average,
+            exports_average=self.train.ema_export,
+        )
+
+    def _prepare(self) -> Prepared:
+        """Compile the objective and lay it out over the processes."""
+        train, objective = self.train, self.objective
+        if train.gradient_checkpointing:
+            objective.checkpoint_gradients()
+        for part in objective.compiled_parts() if train.compile else ():
+            part.compile(backend=train.compile)
+        prepared = self.layout.prepare(self.accelerator, objective, self.optimizer)
+        if self.average is not None:
+            self.average.average = self.layout.divide(self.average.average, objective.model)
+        return prepared
+
+    def _make_step(self) -> TrainingStep:
+        return TrainingStep(
+            self.objective,
+            self.wrapped,
+            self.updater,
+            self.accelerator,
+            self.guard,
+            self.layout,
+            self.optim,
+            self.plan,
+            self.saver.settle,
+            parts=self.train.accumulation,
+            average=self.average,
+        )
 
     def _continue_from(self, checkpoint: Path) -> None:
         position = self.saver.load(checkpoint)
@@ -163,7 +165,7 @@ class Trainer:
         if self.plan.time is not None and position.planned_steps is not None:
             self.plan.steps = position.planned_steps
 
-    def fit(self) -> dict[str, float | None]:
+    def fit(self) -> Figures:
         """Train to the last step, then evaluate and save; returns the last evaluation.
 
         SIGTERM, SIGINT, SIGUSR1 and the end of `train.max_time` end it earlier: with a checkpoint,
@@ -184,8 +186,9 @@ class Trainer:
             self.train,
             self.accelerator,
             progress,
+            self.report,
             resumed_step=self.step,
-            **self._tracking_options,
+            flops=self.flops,
         )
         failed = True
         try:
@@ -209,17 +212,17 @@ class Trainer:
             if failed or self.stopped:
                 end_loaders()
 
-    def _run(self, progress: Progress) -> dict[str, float | None]:
+    def _run(self, progress: Progress) -> Figures:
         assert self.tracking is not None
         agreement = Agreement(self.accelerator.num_processes)
         batches = iter(self.stream.batches(self.step))
         if self._resumed_random is not None:  # only here: a new loader draws a random number
             restore_random_state(self._resumed_random)
-        figures: dict[str, float | None] = {}
+        figures: Figures = {}
         self.wrapped.train()
         if agreement.largest(self.owes_evaluation()):
-            figures = self._evaluate_and_save(True, False)
-        started = time.perf_counter()
+            figures = self._reach(evaluates=True, saves=False)
+        pace = Pace(self.step)
         while self.step < self.plan.steps:
             self.saver.check()
             batch = self._next(batches, progress)
@@ -235,8 +238,8 @@ class Trainer:
             loss, norm, metrics = self._update(batch, self.step)
             self.step += 1
             progress.advance(self.train.batch_size)
-            if self.step == MEASURED:
-                self._measure((time.perf_counter() - started) / MEASURED, agreement, progress)
+            if pace.is_known_after(self.step):
+                self._measure(pace.step_time(), agreement, progress)
             if logs:
                 self._log(loss, norm, metrics)
             evaluates, saves = (
@@ -244,8 +247,10 @@ class Trainer:
                 self._is_due(self.plan.save_every),
             )
             if evaluates or saves:
-                with progress.paused():
-                    figures = self._evaluate_and_save(evaluates, saves) or figures
+                with progress.paused(), pace.paused():
+                    figures = self._reach(evaluates=evaluates, saves=saves) or figures
+        if self.milestones.interrupted:  # in the last evaluation, or in one that was owed
+            self.stopped = self._requests.reason
         self.saver.finish()
         return figures
 
@@ -274,7 +279,7 @@ class Trainer:
     def _start_watch(self) -> None:
         limit = seconds(self.train.stall_limit, "train.stall_limit")
         rank, processes = self.accelerator.process_index, self.accelerator.num_processes
-        rescue = self._rescue if self.accelerator.is_main_process else None
+        rescue = self.milestones.rescue if self.accelerator.is_main_process else None
         self._watch = Watch(rank, processes, limit, self._requests, rescue)
         self._watch.start()
 
@@ -286,9 +291,9 @@ class Trainer:
         """Say how long the run will take, and give a run of a given time its steps."""
         plan = self.plan
         if plan.time is not None and plan.steps == UNKNOWN:
-            plan.steps = agreement.largest(max(MEASURED + 1, int(plan.time / step_time)))
+            plan.steps = agreement.largest(max(self.step + 1, int(plan.time / step_time)))
             progress.set_total(plan.steps)
-        if self.accelerator.is_main_process and plan.steps > 2 * MEASURED:
+        if self.accelerator.is_main_process and plan.steps > 2 * self.step:
             say_speed(plan, step_time, self.step, self.accelerator.device)
 
     def _next(self, batches: Iterator[Batch], progress: Progress) -> Batch | None:
@@ -338,12 +343,17 @@ class Trainer:
         """Samples seen so far, over all processes."""
         return self.step * self.train.batch_size
 
-    def evaluate(self) -> dict[str, float | None]:
+    def evaluate(self) -> Figures:
         """Run all evaluators on the model in eval mode; training continues as if they had not."""
         figures = self._evaluation(random_state())
         if self.tracking is not None:
             self.tracking.evaluation(self.position, figures)
         return figures
+
+    @property
+    def last_checkpoint(self) -> Path | None:
+        """On the main process, the newest that has its name or is about to get it."""
+        return self.milestones.last_checkpoint
 
     def total_skipped(self) -> Counter[str]:
         """Skipped samples by reason, over all processes."""
@@ -355,51 +365,8 @@ class Trainer:
         Raises:
             NonFiniteError: the weights have been updated with values that are not finite.
         """
-        self._evaluate_and_save(evaluates=False, saves=True)
+        self._reach(evaluates=False, saves=True)
         self.saver.finish()
 
-    def _evaluate_and_save(self, evaluates: bool, saves: bool) -> dict[str, float | None]:
-        """Do what is due after a step; returns the figures.
-
-        The checkpoint is written before the evaluation and gets its name after it. So an
-        evaluation that fails does not lose the step, not even where only one process fails and
-        nothing can be gathered any more; and one that is killed is repeated.
-        """
-        alone = self.accelerator.num_processes == 1
-        saves = saves or (evaluates and bool(self.train.keep_best))
-        figures: dict[str, float | None] = {}
-        # Several processes cannot leave an evaluation together, so a stop in it needs a checkpoint
-        # that is written already.
-        if saves or (evaluates and not alone):
-            self._enter("saving")
-            self._pending = self.saver.write(self.skipped, **self.position)
-        try:
-            if evaluates:
-                self._enter("evaluating")
-                self.saver.settle()  # an average may take the place of the weights
-                figures = self.evaluate()
-        except Interrupted:
-            self.stopped = self._requests.reason
-        finally:
-            self._enter("saving")
-            if saves:
-                self._publish(figures)
-            elif self._pending is not None:
-                self.saver.discard(self._pending)
-                self._pending = None
-        if saves:
-            self.accelerator.wait_for_everyone()
-        return figures
-
-    def _publish(self, figures: dict[str, float | None]) -> None:
-        """Give the checkpoint that has been written its name, once."""
-        with self._publishing:
-            if self._pending is not None:
-                path = self.saver.publish(self._pending, self.position, figures)
-                self.last_checkpoint, self._pending = path, None
-
-    def _rescue(self) -> str:
-        """What the watch does for a main thread that cannot leave an evaluation."""
-        self._publish({})
-        self.saver.finish()
-        return f"checkpoint {self.last_checkpoint}"
+    def _reach(self, *, evaluates: bool, saves: bool) -> Figures:
+        return self.milestones.reach(self.position, self.skipped, evaluates=evaluates, saves=saves)

@@ -108,6 +108,16 @@ class Objective(nn.Module):
             )
         enable(True)
 
+    def training_flops(self) -> float | None:
+        """Operations of a training step for one sample: those of the model's forward and backward
+        pass, without what is computed again to save memory; None where they cannot be counted.
+        Called when it is settled what is trained, and only where somebody wants to know."""
+        return None
+
+    def parameter_groups(self) -> dict[str, set[str]]:
+        """Names of `model`'s parameters by the `group` of a `ParameterRule`."""
+        return {}
+
     def no_weight_decay(self) -> set[str]:
         """Names of `model`'s parameters that must not be decayed."""
         named = getattr(self.model, "no_weight_decay", None)

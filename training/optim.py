@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -47,7 +48,7 @@ def build_optimizer(
     trainable = {name: p for name, p in parameters.items() if p.requires_grad}
     if config.rules and config.lr_factors:
         raise ValueError("optimizer: give rules or lr_factors, not both; a rule's lr is a factor")
-    rules = match_rules(list(trainable), config.rules) if config.rules else {}
+    rules = match_rules(list(trainable), config.rules, module) if config.rules else {}
     for name, rule in rules.items():
         if rule.freeze:
             trainable.pop(name).requires_grad_(False)
@@ -98,21 +99,29 @@ def _create(
             return Muon(described, config.lr, betas=betas)
 
 
-def match_rules(names: list[str], rules: list[ParameterRule]) -> dict[str, ParameterRule]:
+def match_rules(
+    names: list[str], rules: list[ParameterRule], objective: nn.Module | None = None
+) -> dict[str, ParameterRule]:
     """Rule of each parameter; rules see names without the objective's prefix.
+
+    Args:
+        objective: knows what `group` of a rule means, if it has `parameter_groups`.
 
     Raises:
         ValueError: a parameter without a rule, a rule without a parameter, or one that is invalid.
     """
     for rule in rules:
         if rule.lr < 0 or (rule.weight_decay or 0) < 0:
-            raise ValueError(f"optimizer.rules '{rule.match}': lr and weight_decay not negative")
-    patterns = [_compiled(rule.match, "optimizer.rules") for rule in rules]
+            raise ValueError(f"optimizer.rules '{_words(rule)}': lr and weight_decay not negative")
+        if bool(rule.match) == bool(rule.group):
+            raise ValueError(f"optimizer.rules '{_words(rule)}': give each a match or a group")
+    known = getattr(objective, "parameter_groups", dict)()
+    fits = [_test_of(rule, known) for rule in rules]
     found: dict[str, ParameterRule] = {}
     used: set[int] = set()
     for name in names:
-        for number, pattern in enumerate(patterns):
-            if pattern.fullmatch(name.removeprefix("model.")):
+        for number, fit in enumerate(fits):
+            if fit(name.removeprefix("model.")):
                 found[name] = rules[number]
                 used.add(number)
                 break
@@ -122,12 +131,24 @@ def match_rules(names: list[str], rules: list[ParameterRule]) -> dict[str, Param
             f"optimizer.rules cover {len(found)} of {len(names)} trained parameters, but not"
             f" {', '.join(uncovered[:3])}: add a rule for them, such as a last {{match: '.*'}}"
         )
-    unused = [rule.match for number, rule in enumerate(rules) if number not in used]
+    unused = [_words(rule) for number, rule in enumerate(rules) if number not in used]
     if unused:
         raise ValueError(
             f"optimizer.rules match no trained parameter that an earlier rule leaves: {unused}"
         )
     return found
+
+
+def _test_of(rule: ParameterRule, groups: Mapping[str, set[str]]) -> Callable[[str], bool]:
+    """Whether a rule is for a parameter of a name."""
+    if rule.group:
+        return groups.get(rule.group, set()).__contains__
+    pattern = _compiled(rule.match, "optimizer.rules")
+    return lambda name: pattern.fullmatch(name) is not None
+
+
+def _words(rule: ParameterRule) -> str:
+    return f"group {rule.group}" if rule.group and not rule.match else rule.match
 
 
 def learning_rate_factors(names: list[str], rules: dict[str, float]) -> dict[str, float]:

@@ -20,8 +20,7 @@ from training.schedules import COOLING, check_schedule
 from training.spikes import SpikeWindow
 from training.tracking import check_trackers
 
-MEASURED = 20  # steps that a run of a given time is measured by
-UNKNOWN = 10**9  # steps of such a run before that
+UNKNOWN = 10**9  # steps of a run of a given time before its pace is known
 
 
 @dataclass

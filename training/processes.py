@@ -69,7 +69,8 @@ class Watch(threading.Thread):
         processes: how many there are.
         limit: seconds that a wait for data or a step may last.
         requests: of this process.
-        rescue: on the main process, publishes the checkpoint that is written; returns words.
+        rescue: on the main process, publishes the checkpoint that is written; returns words, or
+            none if there is nothing to publish any more.
     """
 
     def __init__(
@@ -116,14 +117,14 @@ class Watch(threading.Thread):
             )
             try:
                 signs = self._exchange(own)
+                if not self._failed:
+                    self._judge(signs)
             except RuntimeError as error:
                 if self._done:
                     return
                 _exit(self.rank, 1, f"another process of the run has died ({_first_line(error)})")
             if all(sign.done for sign in signs):
                 return
-            if not self._done:
-                self._judge(signs)
 
     def _exchange(self, own: Sign) -> list[Sign]:
         if self._group is None:
@@ -134,6 +135,7 @@ class Watch(threading.Thread):
 
     def _judge(self, signs: list[Sign]) -> None:
         for rank, sign in enumerate(signs):
+            # Also after the last step: what one could not save, the others must not call saved.
             if sign.failed and rank != self.rank:
                 _exit(
                     self.rank, 1, f"process {rank} has failed at step {sign.step}, see its message"
@@ -149,12 +151,26 @@ class Watch(threading.Thread):
                 )
         evaluating = all(sign.phase == PHASES.index("evaluating") for sign in signs)
         if self.processes > 1 and evaluating and any(sign.stops for sign in signs):
-            saved = self.rescue() if self.rescue is not None else "see process 0"
-            distributed.barrier(self._group)  # all stay alive until the checkpoint has its name
+            self._leave_evaluation()
+
+    def _leave_evaluation(self) -> None:
+        """End all processes, unless the first has just left the evaluation by itself: it then
+        answers the stop in the loop, as do the others."""
+        saved = ""
+        if self.rescue is not None:
+            try:
+                saved = self.rescue()
+            except Exception as error:
+                _exit(self.rank, 1, str(error))
+        # The others stay alive until the checkpoint has its name.
+        rescued = torch.tensor(int(bool(saved)))
+        distributed.broadcast(rescued, 0, group=self._group)
+        if rescued:
             _exit(
                 self.rank,
                 RESUMABLE,
-                f"stopped during the evaluation after step {self._step}; {saved}",
+                f"stopped during the evaluation after step {self._step};"
+                f" {saved or 'see process 0'}",
             )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -32,8 +33,8 @@ def protected_checkpoints(folder: Path, every: int, best: str) -> set[str]:
 
 
 def figure(figures: Mapping[str, Any], name: str) -> float | None:
-    """The value that `best` names, the larger the better; None if there is none."""
+    """The value that `best` names, the larger the better; None if there is none, or no number."""
     value = figures.get(name.removeprefix("-"))
-    if not isinstance(value, int | float):
+    if not isinstance(value, int | float) or not math.isfinite(value):
         return None
     return -value if name.startswith("-") else value

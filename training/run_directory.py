@@ -14,6 +14,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from PIL import Image
+
 SETTINGS = "config.yaml"
 PARTIAL_SETTINGS = SETTINGS + ".partial"
 # All that a run has written which failed before its first step.
@@ -185,6 +188,11 @@ class MetricsWriter:
             for key, value in values.items():
                 if isinstance(value, int | float):
                     self._board.add_scalar(f"{name}/{key}", value, step)
+
+    def write_picture(self, name: str, step: int, picture: Image.Image) -> None:
+        """Send a picture to TensorBoard, if it was asked for."""
+        if self._board is not None:
+            self._board.add_image(name, np.asarray(picture), step, dataformats="HWC")
 
     def close(self) -> None:
         if self._board is not None:

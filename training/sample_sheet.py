@@ -1,10 +1,9 @@
-"""Pictures of a batch with their captions beneath, as one PNG."""
+"""Pictures of a batch with their captions beneath, as one picture."""
 
 from __future__ import annotations
 
 import textwrap
 from collections.abc import Sequence
-from pathlib import Path
 
 from PIL import Image, ImageDraw
 from torch import Tensor
@@ -12,7 +11,7 @@ from torch import Tensor
 COLUMNS, LARGEST, SIDE, LINES = 4, 16, 160, 3
 
 
-def write_sheet(path: Path, images: Tensor, captions: Sequence[str]) -> None:
+def draw_sheet(images: Tensor, captions: Sequence[str]) -> Image.Image:
     """Draw up to 16 pictures in rows of four.
 
     Args:
@@ -33,5 +32,4 @@ def write_sheet(path: Path, images: Tensor, captions: Sequence[str]) -> None:
         # The font that Pillow brings along knows Latin-1 only.
         text = "\n".join(words).encode("latin-1", "replace").decode("latin-1")
         draw.multiline_text((left, top + SIDE + 2), text, fill="black", spacing=1)
-    path.parent.mkdir(exist_ok=True)
-    sheet.save(path)
+    return sheet

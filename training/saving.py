@@ -6,7 +6,7 @@ import errno
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -160,7 +160,10 @@ class Saver:
             ) from error
 
     def publish(
-        self, writer: CheckpointWriter, position: dict[str, int], figures: dict[str, float | None]
+        self,
+        writer: CheckpointWriter,
+        position: Mapping[str, int],
+        figures: dict[str, float | None],
     ) -> Path | None:
         """Give it its name and remove what is no longer kept; its path on the main process.
 
@@ -225,6 +228,7 @@ class Saver:
             "stream": self.stream.identity(),
             "skipped": dict(total_counts(skipped, self.accelerator.num_processes)),
             "processes": self.accelerator.num_processes,
+            "optimizer": type(self.optimizer).__name__,
             "skipped_updates": self.guard.skipped,
             "gradient_scaler": scaler.state_dict() if scaler is not None else None,
         }
@@ -243,6 +247,12 @@ class Saver:
                 f"{name} was {found.get(name)}, is {expected[name]}" for name in changed
             )
             raise CheckpointError(f"cannot resume '{folder}' on another stream: {differences}")
+        kind = type(self.optimizer).__name__
+        if state.get("optimizer", kind) != kind:
+            raise CheckpointError(
+                f"cannot resume '{folder}': its optimizer is {state['optimizer']}, this run's"
+                f" {kind}; set optimizer.kind to match, or start a new run from its weights"
+            )
         trained = TRAINED if (folder / TRAINED).is_file() else self.objective.weights_file
         load_weights(self.objective.model, load_tensors(folder / trained), str(folder))
         if self.average is not None:

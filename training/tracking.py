@@ -6,6 +6,7 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from training.objective import Batch, Metrics
 from training.progress import Progress
 from training.run_directory import MetricsWriter
 from training.run_log import LOGGER, say
-from training.sample_sheet import write_sheet
+from training.sample_sheet import draw_sheet
 
 PROJECT = "softmoe-clip"
 SHEETS = 2  # first batches that are drawn
@@ -41,15 +42,32 @@ def check_trackers(names: Sequence[str]) -> None:
             raise ValueError(f"train.trackers: {name} is not installed: pip install {name}")
 
 
+def peak_tflops(train: TrainConfig, device: torch.device) -> float:
+    """What a device can do at most in the precision of a run; 0 where it is not known."""
+    if train.peak_tflops or device.type != "cuda" or train.precision not in ("bf16", "fp16"):
+        return train.peak_tflops
+    return PEAK_TFLOPS.get(torch.cuda.get_device_name(device), 0.0)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a run can tell about itself.
+
+    Attributes:
+        settings: by dotted name, for trackers.
+        describe: captions of the rows of a batch, for the pictures of the first batches.
+    """
+
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    describe: Callable[[Batch], list[str]] | None = None
+
+
 class Tracking:
     """Writes what the main process reports; the others only take part in the means.
 
     Args:
         resumed_step: where the run goes on; later rows of its files are dropped.
-        settings: the run's settings by dotted name, for trackers.
-        flops: of the model for one sample, forward, or None; a training step takes three times
-            as many.
-        describe: captions of the rows of a batch, for the pictures of the first batches.
+        flops: of a training step, for one sample; None unless they and the peak are known.
     """
 
     def __init__(
@@ -58,14 +76,13 @@ class Tracking:
         train: TrainConfig,
         accelerator: Accelerator,
         progress: Progress,
+        report: Report,
         *,
         resumed_step: int,
-        settings: Mapping[str, Any],
         flops: float | None,
-        describe: Callable[[Batch], list[str]] | None,
     ) -> None:
         self.run_dir, self.train, self.accelerator = run_dir, train, accelerator
-        self.progress, self.flops, self.describe = progress, flops, describe
+        self.progress, self.report, self.flops = progress, report, flops
         self._start, self._first, self._last_row = time.perf_counter(), resumed_step, {}
         self._sheets = SHEETS if resumed_step == 0 and train.sample_sheets else 0
         self.writer: MetricsWriter | None = None
@@ -75,7 +92,7 @@ class Tracking:
             )
         if train.trackers:
             accelerator.log_with = filter_trackers(list(train.trackers), str(run_dir))
-            accelerator.init_trackers(PROJECT, dict(settings), self._tracker_options())
+            accelerator.init_trackers(PROJECT, dict(report.settings), self._tracker_options())
 
     def row(
         self,
@@ -135,24 +152,28 @@ class Tracking:
         found = {"memory_gb": round(memory / 1e9, 3)}
         if self.flops is None:
             return found
-        tflops = 3e-12 * self.flops * samples_per_second / self.accelerator.num_processes
+        tflops = 1e-12 * self.flops * samples_per_second / self.accelerator.num_processes
         found["tflops"] = round(tflops, 4)
-        peak = self.train.peak_tflops
-        if not peak and device.type == "cuda" and self.train.precision in ("bf16", "fp16"):
-            peak = PEAK_TFLOPS.get(torch.cuda.get_device_name(device), 0.0)
-        return found | ({"mfu": round(tflops / peak, 4)} if peak else {})
+        return found | {"mfu": round(tflops / peak_tflops(self.train, device), 4)}
 
     def draw(self, batch: Batch, step: int) -> None:
-        """Draw the first batches of a run, as they reach the model, into `samples/`."""
+        """Draw the first batches of a run, as they reach the model, into `samples/`, and for
+        trackers that take pictures."""
         images = batch.get("image")
         if self.writer is None or self._sheets == 0 or not isinstance(images, Tensor):
             return
         self._sheets -= 1
         captions = list(batch.get("key", [""] * len(images)))
-        if self.describe is not None:
-            captions = self.describe(batch)
+        if self.report.describe is not None:
+            captions = self.report.describe(batch)
         path = self.run_dir / "samples" / f"step_{step:08d}.png"
-        write_sheet(path, images, captions)
+        path.parent.mkdir(exist_ok=True)
+        sheet = draw_sheet(images, captions)
+        sheet.save(path)
+        self.writer.write_picture("samples", step, sheet)
+        for tracker in self.accelerator.trackers if self.train.trackers else ():
+            if hasattr(tracker, "log_images"):  # not all can take pictures
+                tracker.log_images({"samples": [sheet]}, step=step)
 
     def summary(self, step: int, skipped: Counter[str]) -> None:
         """Say what the run has done since it was started, on the main process."""

@@ -30,7 +30,7 @@ from contrastive.gather import CountCheck
 from contrastive.losses import clip_loss, normalize_features, siglip_loss
 from contrastive.objective import ContrastiveObjective
 from contrastive.ring import ring_siglip_loss
-from contrastive.targets import Targets
+from contrastive.targets import Targets, Teacher
 from training.objective import split_batch
 
 ROOT = Path(__file__).parents[2]
@@ -224,6 +224,68 @@ def check_refusals(rank: int, world: int) -> None:
     assert text.grad.isnan().all()
 
 
+def check_uneven(rank: int, world: int, exchange: Exchange) -> None:
+    """Batches of unequal sizes are refused inside the wrapper too, on every process, and it goes on
+    with equal ones."""
+    share = 2
+    case = Case("siglip", pairs=share * world)
+    objective = make_objective(case)
+    objective.config.exchange = exchange
+    wrapped = DistributedDataParallel(objective, broadcast_buffers=False)
+
+    expected = plain_gradients(case)
+    del expected["loss"]
+
+    def step(count: int) -> None:
+        own = {name: value[rank * share :][:count] for name, value in whole_batch(case).items()}
+        wrapped(own)[0].backward()
+
+    uneven = 1 if rank == 1 else share
+    counts = [share, 1, share][:world]
+    for _ in range(2):
+        assert f"have batches of {counts}" in refusal(lambda: step(uneven))
+    step(share)
+    compare(collect(wrapped), expected, case)
+    late = refusal(lambda: step(uneven))
+    assert (f"have batches of {counts}" if rank == 1 else f"no longer has {share} rows") in late
+    step(share)
+    compare(collect(wrapped), expected, case)
+
+
+def check_teacher(rank: int, world: int) -> None:
+    """A teacher's targets go round the ring: gradients of all processes' rows and of scale and bias
+    are those of the plain loss."""
+    generator = torch.Generator().manual_seed(5)
+    rows = [
+        normalize_features(torch.randn(BATCH, width, generator=generator, dtype=torch.float64))
+        for width in (8, 8, 5, 5)
+    ]
+    own = slice(rank * BATCH // world, (rank + 1) * BATCH // world)
+    weights = torch.linspace(0, 2, BATCH, dtype=torch.float64)
+
+    def losses(part: slice, ring: bool) -> list[Tensor]:
+        image, text = (value[part].clone().requires_grad_() for value in rows[:2])
+        scale, bias = (torch.tensor(v, dtype=torch.float64).requires_grad_() for v in (5.0, -1.0))
+        teacher = Teacher(*(value[part] for value in rows[2:]), *rows[2:], 7.0, -2.0)
+        targets = Targets(weights=weights[part], teacher=teacher)
+        if ring:
+            loss, _ = ring_siglip_loss(image, text, scale, bias, targets, 3)
+        else:
+            loss = siglip_loss(image, text, scale, bias, 0, targets)
+        loss.backward()
+        gradients = [one.grad for one in (image, text, scale, bias)]
+        return [loss.detach(), *(value for value in gradients if value is not None)]
+
+    loss, image, text, scale, bias = losses(own, True)
+    expected = losses(slice(None), False)
+    means = torch.stack([loss, scale, bias])
+    distributed.all_reduce(means)
+    torch.testing.assert_close(means / world, torch.stack([expected[i] for i in (0, 3, 4)]))
+    # Of rows, gradients are those of the sum over processes.
+    torch.testing.assert_close(image / world, expected[1][own])
+    torch.testing.assert_close(text / world, expected[2][own])
+
+
 def work(rank: int, folder: Path) -> None:
     for world in WORLDS:
         if rank >= world:
@@ -240,6 +302,9 @@ def work(rank: int, folder: Path) -> None:
         save_gradients(rank, world, own)
         if world > 1:
             check_refusals(rank, world)
+            check_teacher(rank, world)
+            for exchange in Case("siglip").exchanges:
+                check_uneven(rank, world, exchange)
         distributed.destroy_process_group()
 
 

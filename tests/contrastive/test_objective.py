@@ -12,6 +12,8 @@ import pytest
 import torch
 from accelerate import Accelerator
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from contrastive.config import ContrastiveConfig, ImageTowerConfig, TextTowerConfig
 from contrastive.dual_encoder import build_dual_encoder, frozen_parts, model_config
@@ -90,6 +92,63 @@ def test_a_frozen_tower_stays_as_it_is(tmp_path: Path, tower: str) -> None:
         changed = not torch.equal(value, before[name])
         assert changed != name.startswith(f"{tower}."), name
     assert "visual.head.proj.weight" in before  # the projection on a frozen trunk is trained
+
+
+def flops_of_a_step(objective: ContrastiveObjective, cached: tuple[str, ...] = ()) -> float:
+    """Counted for one sample of a real batch, forward and backward through both towers."""
+    found = batch(size=2)
+    images, texts = objective.normalize(found["image"]), found["text"]
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        features = objective.model(
+            None if "image" in cached else images, None if "text" in cached else texts
+        )
+        results = [features[f"{side}_features"] for side in ("image", "text") if side not in cached]
+        torch.stack([one.sum() for one in results]).sum().backward()
+    objective.zero_grad()
+    return counter.get_total_flops() / 2
+
+
+@pytest.mark.parametrize("frozen", [(), ("visual.trunk",), ("text.transformer",)])
+def test_the_operations_of_a_step_are_those_that_are_done(
+    frozen: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Real experts on a CPU run in blocks, which are not counted.
+    monkeypatch.setattr("encoders.experts.can_run_blocked", lambda *_: False)
+    objective = make_objective(frozen=frozen)
+    before = torch.get_rng_state()
+    flops = objective.training_flops()
+    assert torch.equal(torch.get_rng_state(), before)
+    assert flops == flops_of_a_step(objective)
+
+
+def test_towers_with_cached_embeddings_cost_nothing() -> None:
+    objective = make_objective(frozen=("visual.trunk",))
+    objective.cached = frozenset({"image"})
+    flops = objective.training_flops()
+    assert flops == flops_of_a_step(objective, ("image",))
+    assert flops is not None
+    assert flops < 0.5 * flops_of_a_step(make_objective(frozen=("visual.trunk",)))
+
+
+def test_a_run_tells_the_use_of_the_device_where_its_peak_is_known(tmp_path: Path) -> None:
+    for name, peak in (("known", 0.5), ("unknown", 0.0)):
+        objective = make_objective("siglip")
+        (tmp_path / name).mkdir()
+        train = TrainConfig(steps=2, batch_size=6, log_every=1, peak_tflops=peak)
+        Trainer(
+            objective, Batches(), (), train, OptimizerConfig(), ScheduleConfig(),
+            Accelerator(cpu=True), tmp_path / name,
+        ).fit()  # fmt: skip
+        lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        row = json.loads(lines[-1])
+        assert row["samples_per_second"] > 0
+        assert ("mfu" in row, "tflops" in row) == (bool(peak), bool(peak))
+        if peak:
+            flops = objective.training_flops()
+            assert flops is not None
+            assert row["tflops"] == pytest.approx(
+                1e-12 * flops * row["samples_per_second"], rel=0.01, abs=1e-4
+            )
 
 
 def test_auxiliary_losses_of_both_towers_are_added_in_training() -> None:

@@ -6,12 +6,14 @@ of each as JSON. One interpreter for all, because importing torch takes longer t
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
 import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -34,6 +36,7 @@ from training.loop import Trainer
 from training.objective import Batch
 
 STEPS, BATCH = 8, 8
+CHANGES = {"os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.chmod", "shutil.rmtree"}
 AT = 5  # the step, counted from 1, in which something happens
 
 
@@ -74,6 +77,8 @@ def interrupts_twice() -> None:
         os.kill(os.getpid(), signal.SIGINT)
 
 
+COMPILED = {"compile": "eager", "log_routing": False}
+BESIDE = {"save_in_background": True}
 TERM, INT, USR1 = signal.SIGTERM, signal.SIGINT, signal.SIGUSR1
 SCENARIOS = {
     "unbroken": Scenario(),
@@ -88,12 +93,27 @@ SCENARIOS = {
     "term in a step of one": Scenario("step", passing(TERM), 2, 1),
     "int while one waits": Scenario("data", sends(INT), 2, 1),
     "usr1 in an evaluation of one": Scenario("evaluation", sends(USR1), 2, 1),
+    "term while compiling": Scenario("compilation", passing(TERM), settings=COMPILED),
+    "int while an evaluation compiles": Scenario(
+        "compilation of an evaluation", sends(INT), settings=COMPILED
+    ),
+    "term while one compiles": Scenario("compilation", passing(TERM), 2, 1, COMPILED),
     "one dies": Scenario("step", passing(signal.SIGKILL), 2, 1),
     "one fails": Scenario("data", fails, 2, 1),
     "nan of one": Scenario("loss", lambda: None, 2, 1),
     "nan of one left out": Scenario("loss", lambda: None, 2, 1, {"skip_updates": 1}),
     "one stalls": Scenario("data", lambda: time.sleep(100), 2, 1, {"stall_limit": "1 s"}),
+    "a late save fails": Scenario("disk", world=2, settings=BESIDE),
+    "the last save fails": Scenario("last disk", world=2, settings=BESIDE),
 }
+
+
+class FullDisk(dict[str, Any]):
+    """What a JSON file shall hold, but it cannot be written, as is found out after a while."""
+
+    def items(self) -> Any:
+        time.sleep(0.5)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 class Eventful:
@@ -132,13 +152,18 @@ class Rows(RowStream):
 class Task(Regression):
     def __init__(self, events: Eventful, noise: bool) -> None:
         super().__init__(noise=noise)
-        self.events = events
+        self.events, self.breaks = events, False
 
     def before_step(self, step: int) -> None:
         self.events.at("step", step + 1)
         chosen = self.events.scenario
         if (chosen.place, chosen.rank, step + 1) == ("loss", self.events.rank, AT):
             self.poison = self.seen + 1
+        due = {"disk": AT, "last disk": STEPS}.get(chosen.place)
+        self.breaks = self.breaks or step + 1 == due
+
+    def config_files(self) -> dict[str, dict[str, Any]]:
+        return {"late.json": FullDisk(never="written")} if self.breaks else {}
 
 
 class Probe:
@@ -178,9 +203,24 @@ def train(folder: Path, scenario: Scenario, rank: int, noise: bool = True) -> in
         newest,
     )
     probe.trainer = trainer
+    if "compilation" in scenario.place and rank == scenario.rank:
+        happens_in_compilation(scenario, task)
     if trainer.step < STEPS or trainer.owes_evaluation():
         trainer.fit()
     return 75 if trainer.stopped else 0
+
+
+def happens_in_compilation(scenario: Scenario, task: nn.Module) -> None:
+    """Let the event of a scenario happen once, when a graph begins to be compiled."""
+    from torch._dynamo.callback import on_compile_start
+
+    pending = [scenario.event]
+
+    def begins(_: Any) -> None:
+        if pending and task.training == (scenario.place == "compilation"):
+            pending.pop()()
+
+    on_compile_start(begins)
 
 
 def free_port() -> int:
@@ -259,7 +299,7 @@ def seconds_of_a_run(folder: Path) -> float:
 
 def kill_at_random(folder: Path, number: int, kills: int, seconds: float) -> dict[str, Any]:
     """Kill a run `kills` times at a moment of its `seconds` drawn by `number`, then let it end."""
-    draw, scenario = random.Random(number), Scenario()
+    draw, scenario = random.Random(number), Scenario(settings=BESIDE if number % 3 else {})
     run = partial(train, folder, scenario)
     codes = []
     for _ in range(kills):
@@ -270,8 +310,55 @@ def kill_at_random(folder: Path, number: int, kills: int, seconds: float) -> dic
     return {"codes": codes, "end": wait(start(folder, scenario, run))}
 
 
+def watch_writer(report: Path, kill_at: int) -> None:
+    """Count the file operations of the thread that writes checkpoints, and kill this process before
+    the one numbered `kill_at`; a report gets the count at the end of each rename."""
+    count = 0
+
+    def watch(event: str, arguments: tuple[Any, ...]) -> None:
+        nonlocal count
+        if not threading.current_thread().name.startswith("checkpoint"):
+            return
+        if event in CHANGES or (event == "open" and str(report.parent) in str(arguments[0])):
+            count += 1
+            if count == kill_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+            if kill_at == 0 and event == "os.rename":
+                with open(report, "a") as file:
+                    file.write(f"{count}\n")
+
+    sys.addaudithook(watch)
+
+
+def kill_the_writer(folder: Path, world: int, points: int) -> dict[str, Any]:
+    """Kill the first process of a run at operations of its background writer, from the naming of
+    its first checkpoint to that of its second; what came of each and of its continuation."""
+    scenario = Scenario(world=world, settings=BESIDE)
+
+    def run(where: Path, kill_at: int) -> list[int]:
+        def one(rank: int) -> int:
+            if rank == 0:
+                watch_writer(where / "operations", kill_at)
+            return train(where, scenario, rank)
+
+        return wait(start(where, scenario, one))
+
+    run(folder / "counted", 0)
+    first, second = map(int, (folder / "counted" / "operations").read_text().split()[:2])
+    step = max(1, (second - first) // points)
+    found = []
+    for point in range(first, second + 1, step):
+        where = folder / str(point)
+        codes = run(where, point)
+        newest, messages = newest_checkpoint(where / "checkpoints")
+        again = run(where, -1)
+        found.append([point, codes, newest and newest.name, messages, again])
+    return {"operations": second - first, "runs": found}
+
+
 def main(folder: Path, names: list[str]) -> dict[str, Any]:
-    """Play scenarios by name, `killed N` for N runs that are killed, or `A to B` processes."""
+    """Play scenarios by name, `killed N` for N runs that are killed, `writer W N` for W processes
+    whose writer is killed at N of its operations, or `A to B` processes."""
     train_here(folder / "warm up")
     found: dict[str, Any] = {}
     for name in names:
@@ -282,6 +369,8 @@ def main(folder: Path, names: list[str]) -> dict[str, Any]:
                 kill_at_random(folder / f"killed {number}", number, 1 + number % 2, seconds)
                 for number in range(int(words[1]))
             ]
+        elif words[0] == "writer":
+            found[name] = kill_the_writer(folder / name, *map(int, words[1:]))
         elif words[0] in ("quiet", "1", "2"):
             worlds = (1, 1) if words[0] == "quiet" else (int(words[0]), int(words[-1]))
             found[name] = change_world(folder / name, worlds)

@@ -28,8 +28,9 @@ from training.checkpoint import checkpoint_name as name_of
 from training.config import OptimizerConfig, ScheduleConfig, TrainConfig
 from training.finite import NonFiniteError
 from training.loop import Trainer
-from training.objective import Batch, Evaluator, Metrics, Objective
+from training.objective import Batch, Evaluator, Metrics, Objective, TrainingStream
 from training.step import TrainingStep
+from training.tracking import Report
 
 BATCH = 8
 
@@ -112,18 +113,19 @@ def make_trainer(
     clip_norm: float = 1.0,
     accelerator: Accelerator | None = None,
     schedule: ScheduleConfig | None = None,
+    stream: TrainingStream | None = None,
     **settings: Any,
 ) -> Trainer:
     """A trainer of 12 steps from seed 0, with a checkpoint every 4."""
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
-    options = {name: settings.pop(name) for name in ("flops", "settings") if name in settings}
+    report = Report(settings.pop("settings", {}), settings.pop("describe", None))
     train = TrainConfig(**{"steps": 12, "batch_size": BATCH, "log_every": 1} | settings)
     run_dir.mkdir(parents=True, exist_ok=True)
     return Trainer(
         objective(),
-        RowStream(),
+        stream or RowStream(),
         evaluators,
         train,
         OptimizerConfig(lr=0.05, clip_norm=clip_norm),
@@ -131,7 +133,7 @@ def make_trainer(
         accelerator or Accelerator(cpu=True),
         run_dir,
         resume,
-        **options,
+        report=report,
     )
 
 

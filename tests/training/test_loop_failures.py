@@ -36,6 +36,27 @@ def test_a_failing_evaluation_loses_no_step(tmp_path: Path) -> None:
     assert outcome(broken) == outcome(unbroken)
 
 
+@pytest.mark.parametrize("background", [False, True])
+def test_a_checkpoint_is_rescued_out_of_an_evaluation_once(
+    tmp_path: Path, background: bool
+) -> None:
+    words = []
+
+    class Stuck:
+        name = "stuck"
+
+        def __call__(self, model: nn.Module) -> dict[str, float | None]:
+            words.append(trainer.milestones.rescue())  # as the watch does beside it
+            newest, _ = newest_checkpoint(tmp_path / "checkpoints")
+            assert newest == tmp_path / "checkpoints" / name_of(4)
+            return {"one": 1.0}
+
+    trainer = make_trainer(tmp_path, evaluators=(Stuck(),), steps=4, save_in_background=background)
+    trainer.fit()
+    assert words == [f"checkpoint {tmp_path / 'checkpoints' / name_of(4)}"]
+    assert trainer.milestones.rescue() == ""  # the evaluation is over
+
+
 def test_two_evaluation_sets_of_one_name_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="a name of its own, got probe, probe"):
         make_trainer(tmp_path, evaluators=(Probe(), Probe()))

@@ -8,11 +8,15 @@ from typing import Any
 import pytest
 import timm
 import torch
+from timm.layers import DropPath
 from torch import nn
 
 import encoders  # noqa: F401  registers the models
 from classification.config import ClassifierConfig
 from classification.objective import ClassificationObjective
+from contrastive.config import ContrastiveConfig, ImageTowerConfig, TextTowerConfig
+from contrastive.dual_encoder import build_dual_encoder, model_config
+from contrastive.objective import ContrastiveObjective
 from scripts.cli import parse_config
 from scripts.pretrain import PretrainRun
 from training.checkpoint import load_optimizer_tensors, optimizer_tensors
@@ -36,8 +40,10 @@ def settings_of(objective: nn.Module, config: OptimizerConfig) -> dict[str, tupl
     }
 
 
-def classifier(name: str = "soft_moe_vit_test_patch16_64") -> ClassificationObjective:
-    model = timm.create_model(name, num_classes=3)
+def classifier(
+    name: str = "soft_moe_vit_test_patch16_64", **options: Any
+) -> ClassificationObjective:
+    model = timm.create_model(name, num_classes=3, **options)
     return ClassificationObjective(model, ClassifierConfig(name), 3)
 
 
@@ -80,6 +86,60 @@ def test_rules_freeze() -> None:
 
 
 @pytest.mark.parametrize(
+    ("options", "phi", "scale"),
+    [
+        ({}, {"blocks.1.mlp.phi"}, {"blocks.1.mlp.scale"}),
+        ({"router": "experts_choice"}, {"blocks.1.mlp.router"}, set()),
+        ({"router": "token_mixture"}, {"blocks.1.mlp.scores.embedding"}, set()),
+    ],
+)
+def test_routed_layers_have_rules_of_their_own(
+    options: dict[str, Any], phi: set[str], scale: set[str]
+) -> None:
+    rules = [
+        ParameterRule(group="experts", weight_decay=0.1, lr=0.5),
+        ParameterRule(group="phi", weight_decay=0.2),
+        *([ParameterRule(group="scale", weight_decay=0.3)] if scale else []),
+        REST,
+    ]
+    found = settings_of(classifier(**options), OptimizerConfig(weight_decay=0.4, rules=rules))
+    bank = [f"blocks.1.mlp.experts.fc{n}_{kind}" for n in (1, 2) for kind in ("weight", "bias")]
+    assert {name for name, got in found.items() if got == (0.1, 0.5)} == set(bank)
+    assert {name for name, got in found.items() if got == (0.2, 1)} == phi
+    assert {name for name, got in found.items() if got == (0.3, 1)} == scale
+    assert found["blocks.0.mlp.fc1.weight"] == (0.4, 1)
+
+
+def test_experts_of_the_text_tower_are_of_the_same_group() -> None:
+    text = TextTowerConfig(
+        width=16, heads=2, layers=2, context_length=8, moe_blocks=1, num_experts=4
+    )
+    config = ContrastiveConfig(embed_dim=8)
+    description = model_config(ImageTowerConfig("soft_moe_vit_test_patch16_64"), text, config)
+    half = (0.5, 0.5, 0.5)
+    model = build_dual_encoder(description)
+    objective = ContrastiveObjective(model, description, config, half, half)
+    rules = [ParameterRule(group="experts", freeze=True), REST]
+    settings_of(objective, OptimizerConfig(rules=rules))
+    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+    assert len(frozen) == 8
+    assert {name.split(".")[0] for name in frozen} == {"text", "visual"}
+
+
+def test_a_routed_layer_has_a_stochastic_depth_of_its_own() -> None:
+    model: Any = classifier(drop_path_rate=0.4, routed_drop_path_rate=0.0).model
+    dense, routed = model.blocks
+    assert isinstance(routed.drop_path2, nn.Identity)
+    assert routed.drop_path1.drop_prob == pytest.approx(0.4)
+    more: Any = classifier(routed_drop_path_rate=0.25).model
+    assert [type(block.drop_path2) for block in more.blocks] == [nn.Identity, DropPath]
+    assert more.blocks[1].drop_path2.drop_prob == 0.25
+    assert isinstance(dense.drop_path2, nn.Identity)
+    with pytest.raises(ValueError, match=r"routed_drop_path_rate=1\.0 must be in"):
+        classifier(routed_drop_path_rate=1.0)
+
+
+@pytest.mark.parametrize(
     ("rules", "message"),
     [
         ([ParameterRule("head.*")], "not pos_embed, .*: add a rule for them"),
@@ -87,6 +147,9 @@ def test_rules_freeze() -> None:
         ([REST, ParameterRule("head.*")], r"that an earlier rule leaves: \['head\.\*'\]"),
         ([ParameterRule("("), REST], r"optimizer\.rules '\('"),
         ([ParameterRule(".*", weight_decay=-1)], "not negative"),
+        ([ParameterRule(group="experts", match="a"), REST], "give each a match or a group"),
+        ([ParameterRule(), REST], "give each a match or a group"),
+        ([REST, ParameterRule(group="phi")], r"leaves: \['group phi'\]"),
         ([ParameterRule(".*", freeze=True)], "every parameter is frozen"),
     ],
 )

@@ -10,7 +10,8 @@ import pytest
 from tests.training.test_loop import BATCH, make_trainer, metrics
 from training.checkpoint import checkpoint_name as name_of
 from training.config import OptimizerConfig, ScheduleConfig, TrainConfig
-from training.plan import MEASURED, UNKNOWN, check_settings, make_plan
+from training.pace import MEASURED, SETTLING, Pace
+from training.plan import UNKNOWN, check_settings, make_plan
 
 
 @pytest.mark.parametrize(
@@ -63,6 +64,22 @@ def test_a_run_of_a_given_time_finds_its_steps_and_keeps_them(
     if middle.exists():
         again = make_trainer(tmp_path / "again", steps="2 s", resume=middle)
         assert (again.step, again.plan.steps) == (25, steps)
+
+
+def test_the_pace_is_that_of_steps_after_the_first_ones_without_pauses(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock = [0.0]
+    monkeypatch.setattr("training.pace.time.perf_counter", lambda: clock[0])
+    first = 7  # a run that was stopped before its pace was known goes on from here
+    pace = Pace(first)
+    for step in range(first + 1, first + MEASURED + 1):
+        clock[0] += 60 if step <= first + SETTLING else 2  # compiles, at first
+        assert pace.is_known_after(step) == (step == first + MEASURED)
+        if step == first + 10:
+            with pace.paused():
+                clock[0] += 500  # an evaluation
+    assert pace.step_time() == 2
 
 
 @pytest.mark.parametrize("kind", ["rsqrt", "constant"])

@@ -15,8 +15,8 @@ from torch import nn
 
 from tests.training.test_loop import Regression, make_trainer, metrics, outcome
 from training.background import Background
+from training.checkpoint import CheckpointError, newest_checkpoint, read_manifest
 from training.checkpoint import checkpoint_name as name_of
-from training.checkpoint import newest_checkpoint, read_manifest
 from training.retention import figure, protected_checkpoints
 from training.saving import SaveError
 from training.snapshot import Snapshot
@@ -76,6 +76,7 @@ def test_of_equal_figures_the_newest_is_best(tmp_path: Path) -> None:
     assert protected_checkpoints(tmp_path, 0, "a") == {name_of(2)}
     assert protected_checkpoints(tmp_path, 3, "") == {name_of(3)}
     assert figure({"a": "text"}, "a") is None
+    assert figure({"a": float("nan")}, "a") is None  # would be neither more nor less than others
 
 
 def test_the_manifest_says_where_the_run_stands(tmp_path: Path) -> None:
@@ -90,6 +91,20 @@ def test_the_manifest_says_where_the_run_stands(tmp_path: Path) -> None:
     later = read_manifest(tmp_path / "checkpoints" / name_of(5))["clock"]
     assert later["wall_seconds"] > first["wall_seconds"]  # adds up over resumes
     assert later["saved_at"] > first["saved_at"]
+
+
+def test_moments_of_another_optimizer_are_refused(tmp_path: Path) -> None:
+    make_trainer(tmp_path, steps=2).fit()
+    state = tmp_path / "checkpoints" / name_of(2) / "state.json"
+    content = json.loads(state.read_text())
+    state.write_text(json.dumps(content | {"optimizer": "Lion"}))
+    with pytest.raises(
+        CheckpointError, match="its optimizer is Lion, this run's AdamW; set optimizer.kind"
+    ):
+        make_trainer(tmp_path, steps=3, resume=state.parent)
+    del content["optimizer"]  # as versions before this one wrote it
+    state.write_text(json.dumps(content))
+    assert make_trainer(tmp_path, steps=3, resume=state.parent).step == 2
 
 
 def test_in_the_background_the_same_is_written(tmp_path: Path) -> None:
