@@ -64,6 +64,10 @@ OWN_CODE = (
     " and transformers. Where softmoe-clip is installed, `import encoders.transformers_clip` opens"
     " the folder without them."
 )
+CENTRE = (
+    "Where a picture is an odd number of pixels longer than the square that is cut out of it, the"
+    " processor of this folder cuts half a pixel before the centre, open_clip sometimes behind it."
+)
 
 
 def describe(
@@ -145,6 +149,8 @@ def _limits(model: DualEncoder | ImageModel, target: str, hub_name: str | None) 
     limits = []
     if target in ("transformers", "sentence-transformers"):
         limits.append(OWN_CODE)
+        if model.preprocess["resize_mode"] == "shortest":
+            limits.append(CENTRE)
     if target == "open_clip" and isinstance(model, DualEncoder) and model.text_model is not None:
         where = "that name on the hub" if hub_name else "the place this folder was written to"
         limits.append(

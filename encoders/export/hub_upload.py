@@ -56,17 +56,15 @@ def upload(folder: Path, name: str, private: bool, message: str) -> str:
             return commit.commit_url
     except Exception as error:  # of the hub, the HTTP library or the storage library
         reason = " ".join(str(error).split()) or type(error).__name__
+        option = " --private" if private else ""
         raise ExportError(
-            f"'{name}' could not be pushed: {reason}; {_later(folder, name)}"
+            f"'{name}' could not be pushed: {reason}; the folder is in {folder}, to push it later:"
+            f" hf upload {name} {folder}{option}"
         ) from error
     raise ExportError(
         f"'{name}' is there already, and everybody sees it: push with --private false, or choose"
-        f" another name; {_later(folder, name)}"
+        f" another name; the folder is in {folder}"
     )
-
-
-def _later(folder: Path, name: str) -> str:
-    return f"the folder is in {folder}, to push it later: hf upload {name} {folder}"
 
 
 def _sha256(path: Path) -> str:

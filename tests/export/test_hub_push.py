@@ -145,6 +145,7 @@ def test_a_refused_push_leaves_the_folder_and_says_why(
     monkeypatch.setenv("HF_TOKEN", "hf_of_somebody_else")
     line = refusal(tmp_path / "unknown")
     assert "'lab/tiny' could not be pushed" in line
+    assert line.endswith(f"hf upload lab/tiny {tmp_path / 'unknown'} --private")
     assert "401" in line
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # where nobody listens
     assert "could not be pushed: [Errno 111]" in refusal(tmp_path / "offline")
