@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import sqlite3
+import time
 from collections.abc import Iterator
 from contextlib import closing
 from importlib.util import find_spec
@@ -97,9 +98,11 @@ def test_weights_and_biases_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     options: dict[str, Any] = {"stream": Pictures(), "settings": settings}
     make_trainer(tmp_path, trackers=["wandb"], steps=3, **options).fit()
     (record,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
-    content = record.read_bytes()
-    for words in (b"metrics/loss", b"train.steps", b"metrics/grad_norm", b"media/images/samples_"):
-        assert words in content
+    wanted = (b"metrics/loss", b"train.steps", b"metrics/grad_norm", b"media/images/samples_")
+    deadline = time.monotonic() + 60  # wandb's own process writes it
+    while not all(words in record.read_bytes() for words in wanted):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
     assert len(list(record.parent.glob("files/media/images/samples_*.png"))) == 2
     assert (tmp_path / "tracker_id.txt").read_text().strip().encode() in record.name.encode()
 
