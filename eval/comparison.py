@@ -39,6 +39,8 @@ def comparison_table(folders: list[str]) -> str:
             raise ValueError(f"{key[0]}: the results are of different samples; evaluate them again")
         rows += _rows(records, [Path(folder) for folder in folders])
     names = [record["model"] for record in (run[shared[0]] for run in runs)]
+    if len({*names}) < len(names):  # checkpoints of one run
+        names = folders
     others = [f"{name} - {names[0]} (95 % interval)" for name in names[1:]]
     return markdown_table(["set", "task", "metric", *names, *others], rows)
 
@@ -46,6 +48,8 @@ def comparison_table(folders: list[str]) -> str:
 def _read(folder: Path) -> dict[tuple[str, str], dict[str, Any]]:
     path = folder / "results.json"
     if not path.is_file():
+        if folder.is_file():
+            raise ValueError(f"'{folder}' is a file: give the folder that holds it")
         raise ValueError(
             f"'{folder}' holds no results.json: run scripts.evaluate --results {folder}"
         )

@@ -147,9 +147,11 @@ def _check_tasks(
     if unknown:
         raise ValueError(f"task '{unknown[0]}' is unknown: choose from {', '.join(TASKS)}")
     if not tasks:
+        missing = config.data and not Path(config.data).exists()
         raise ValueError(
-            f"evaluation set '{where}' measures nothing: set classnames for zero-shot"
-            " classification, caption_key for retrieval, or tasks"
+            f"evaluation set '{where}'{', which is no folder here,' * bool(missing)} measures"
+            " nothing: set classnames for zero-shot classification, caption_key for retrieval, or"
+            " tasks"
         )
     if config.class_prompts and not config.classnames:
         raise ValueError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -55,6 +56,8 @@ def open_model(model: str, pretrained: str | None = None) -> OpenedModel:
         ValueError: nothing that can be opened.
     """
     folder = _find_folder(model)
+    if folder is None and ":" not in model:
+        _check_name(model, pretrained)
     name = model if folder is None else f"local-dir:{folder}"
     description = None if folder is None else _read_description(folder)
     try:
@@ -124,12 +127,34 @@ def _open_ours(folder: Path, description: dict[str, Any]) -> Any:
     return model
 
 
+def _missing(path: Path) -> str:
+    """What to say of a folder that does not exist; with its neighbours, if it was a checkpoint."""
+    beside = sorted(p.name for p in path.parent.glob("step_*") if p.is_dir())
+    there = f"; '{path.parent}' holds {', '.join(beside)}" if beside else ""
+    return f"model '{path}' does not exist{there}"
+
+
+def _check_name(model: str, pretrained: str | None) -> None:
+    """Raise ValueError unless open_clip knows the name and is told which weights to load."""
+    name = model.replace("/", "-")  # as open_clip does
+    known = open_clip.list_models()
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ValueError(f"model '{model}' is no folder here and no model of open_clip{hint}")
+    if not pretrained:
+        tags = open_clip.list_pretrained_tags_by_model(name)
+        choice = f"one of {', '.join(tags)}" if tags else "a file of weights"
+        raise ValueError(f"model '{model}' needs weights: set --pretrained to {choice}")
+
+
 def _find_folder(model: str) -> Path | None:
     """The folder with the model's description, or None when `model` is no folder."""
     path = Path(model)
     if not path.is_dir():
-        if path.is_absolute() or model.startswith(("./", "runs/")):
-            raise ValueError(f"model '{model}' does not exist")
+        inside = path.parent != Path() and path.parent.is_dir()
+        if inside or path.is_absolute() or model.startswith(("./", "runs/")):
+            raise ValueError(_missing(path))
         return None
     if (path / CONFIG_FILE).is_file():
         return path

@@ -71,6 +71,13 @@ def write_records(records: list[dict[str, Any]], path: str) -> None:
     write_text(Path(path), json.dumps(records, indent=1) + "\n")
 
 
+def check_writable(folder: Path) -> None:
+    """Raise ValueError unless a folder is there, or can be made, and takes files."""
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise ValueError(f"'{folder}' cannot be written to: choose another folder")
+
+
 def write_text(target: Path, content: str) -> None:
     """Write a file, completely or not at all."""
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from eval.records import write_records, write_text
+from eval.records import check_writable, write_records, write_text
 from eval.report import write_report
 from eval.results_page import results_report
 from eval.tables import short
@@ -38,8 +38,10 @@ def check_folder(folder: str, weights_sha256: str, names: list[str]) -> None:
     """Make sure that results may be written to a folder.
 
     Raises:
-        ValueError: it holds those of other weights, or two sets have one name.
+        ValueError: it cannot be written to, it holds those of other weights, or two sets have one
+            name.
     """
+    check_writable(Path(folder))
     twice = sorted(name for name, count in Counter(names).items() if count > 1)
     if twice:
         raise ValueError(

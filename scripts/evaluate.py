@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from eval.config import EvaluationSetConfig
@@ -68,7 +69,7 @@ def evaluate(config: EvaluateRun) -> list[dict[str, Any]]:
 
     from eval.evaluation_sets import plan_set
     from eval.measure import measure_sets
-    from eval.records import write_records
+    from eval.records import check_writable, write_records
     from eval.results import check_folder, write_results
     from eval.subject import open_subject
     from eval.tasks import ProbeOptions
@@ -95,6 +96,8 @@ def evaluate(config: EvaluateRun) -> list[dict[str, Any]]:
     tasks = [task.strip() for task in config.tasks.split(",") if task.strip()]
     # All before the first measurement: what is refused is refused at once.
     planned = [plan_set(item, subject, tasks) for item in sets]
+    if config.output is not None:
+        check_writable(Path(config.output).parent)
     if config.results is not None:
         names = [item.name for item in planned]
         check_folder(config.results, subject.identity.weights_sha256, names)

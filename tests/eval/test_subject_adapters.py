@@ -117,14 +117,22 @@ def test_lower_precision_is_near_and_not_the_same(precision: str, tmp_path: Path
     [
         ("hf-hub:nobody/nothing", "cannot be opened"),
         ("transformers:nobody/nothing", "transformers cannot open 'nobody/nothing'"),
-        ("ViT-B-33", "cannot be opened"),
-        ("ViT-B-32", "cannot be opened"),  # a known name without weights
+        ("ViT-B-33", "no model of open_clip; did you mean ViT-B-32"),
+        ("ViT-B/32", "needs weights: set --pretrained to one of .*openai"),
+        ("tests/nowhere", "model 'tests/nowhere' does not exist"),
     ],
 )
 def test_names_that_cannot_be_opened_are_one_line(name: str, message: str) -> None:
     with pytest.raises(ValueError, match=message) as error:
         open_subject(name)
     assert "\n" not in str(error.value).strip()
+
+
+def test_a_checkpoint_that_has_been_removed_names_the_others(tmp_path: Path) -> None:
+    for step in ("step_00000042", "step_00000060"):
+        (tmp_path / "checkpoints" / step).mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"checkpoints' holds step_00000042, step_00000060$"):
+        open_subject(str(tmp_path / "checkpoints" / "step_00000020"))
 
 
 def test_a_precision_that_does_not_exist() -> None:

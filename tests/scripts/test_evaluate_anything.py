@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from eval.results import check_folder
 from scripts import compare_evaluations, evaluate
 
 TEST = "soft_moe_vit_test_patch16_64"
@@ -95,6 +96,12 @@ def test_all_tasks_of_a_transformers_model_and_a_comparison(
     assert "What is taken for what" in page
     table = compare_evaluations.compare([f"{tmp_path}/0", f"{tmp_path}/1"])
     assert "+0.000 (+0.000 to +0.000) |" in table
+    assert f"{tmp_path}/1 - {tmp_path}/0 (95 % interval)" in table  # one model: told by folder
+    with pytest.raises(ValueError, match=r"results\.json' is a file: give the folder"):
+        compare_evaluations.compare([f"{tmp_path}/0", f"{tmp_path}/1/results.json"])
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"file/results' cannot be written to"):
+        check_folder(f"{tmp_path}/file/results", "", [])
 
 
 def test_karpathy_files_and_the_models_own_processor(
