@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install demo demo-long test lint types format docs bench bench-gpu bench-loss bench-step bench-stream bench-evaluation clean
+.PHONY: help install demo demo-long test lint types format docs bench bench-gpu bench-loss bench-step bench-stream bench-evaluation app clean
 
 help:
 	@echo "make demo       install, train and evaluate on the embedded pictures, write runs/demo/report.html"
@@ -11,6 +11,7 @@ help:
 	@echo "make test       install and run all tests"
 	@echo "make bench      time and memory of the routed layers on the CPU (bench-gpu: on a GPU)"
 	@echo "make bench-loss time and memory of the contrastive losses, alone and on several processes"
+	@echo "make app        a page to play with the demo's model (MODEL=run or checkpoint, IMAGES=folder or shards)"
 	@echo "make docs       the pages and the API reference, in build/site"
 	@echo "make lint types check style and types"
 
@@ -29,6 +30,13 @@ demo: install
 demo-long: install
 	$(BIN)/python -m scripts.demo --run_dir runs/demo_long --pretrain configs/demo_long_pretrain.yaml \
 		--contrastive configs/demo_long.yaml --evaluate configs/demo_long_evaluate.yaml
+
+MODEL ?= runs/demo/contrastive
+IMAGES ?= data/emoji/test
+
+app: install
+	@test -e "$(MODEL)" || { echo "error: '$(MODEL)' does not exist: run make demo first, or make app MODEL=..."; exit 2; }
+	$(BIN)/python -m scripts.app "$(MODEL)" --images "$(IMAGES)"
 
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
