@@ -15,6 +15,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from encoders.experts import ExpertMLP
 from encoders.routed_layer import RoutedLayer
 
 
@@ -79,7 +80,8 @@ def routed_parameters(model: nn.Module) -> dict[str, set[str]]:
     found: dict[str, set[str]] = {"experts": set(), "phi": set(), "scale": set()}
     for prefix, layer in model.named_modules():
         if isinstance(layer, RoutedLayer):
-            experts = set(layer.experts.parameters())
+            banks = [module for module in layer.modules() if isinstance(module, ExpertMLP)]
+            experts = {parameter for bank in banks for parameter in bank.parameters()}
             for name, parameter in layer.named_parameters(prefix):
                 own = "phi" if parameter.ndim else "scale"
                 found["experts" if parameter in experts else own].add(name)

@@ -24,7 +24,7 @@ from training.machine import keep_freed_memory
 from training.milestones import Milestones
 from training.objective import Batch, Evaluator, Metrics, Objective, TrainingStream, check_share
 from training.optim import build_optimizer
-from training.pace import Pace
+from training.pace import MEASURED, Pace
 from training.parallel import Layout, Prepared
 from training.plan import UNKNOWN, announce, check_settings, make_guard, make_plan, say_speed
 from training.processes import Agreement, Watch, end_loaders
@@ -293,7 +293,7 @@ class Trainer:
         if plan.time is not None and plan.steps == UNKNOWN:
             plan.steps = agreement.largest(max(self.step + 1, int(plan.time / step_time)))
             progress.set_total(plan.steps)
-        if self.accelerator.is_main_process and plan.steps > 2 * self.step:
+        if self.accelerator.is_main_process and plan.steps - self.step > MEASURED:
             say_speed(plan, step_time, self.step, self.accelerator.device)
 
     def _next(self, batches: Iterator[Batch], progress: Progress) -> Batch | None:

@@ -117,7 +117,7 @@ class Watch(threading.Thread):
             )
             try:
                 signs = self._exchange(own)
-                if not self._failed:
+                if not own.failed:  # as the others have heard it, so that all judge alike
                     self._judge(signs)
             except RuntimeError as error:
                 if self._done:

@@ -126,8 +126,21 @@ def _flat(settings: Mapping[Any, Any], prefix: str = "") -> dict[str, str]:
         if isinstance(value, Mapping) and value:
             found |= _flat(value, f"{prefix}{key}.")
         else:
-            found[f"{prefix}{key}"] = json.dumps(value, default=str)
+            found[f"{prefix}{key}"] = json.dumps(_given(value), default=str, sort_keys=True)
     return found
+
+
+def _given(value: Any) -> Any:
+    """A list of groups of settings without those that are empty: an older version's record of such
+    a list lacks settings that are new, and empty unless told otherwise."""
+    if not isinstance(value, list):
+        return value
+    return [
+        {name: one for name, one in item.items() if one not in ("", None)}
+        if isinstance(item, Mapping)
+        else item
+        for item in value
+    ]
 
 
 def check_tensorboard() -> None:

@@ -27,7 +27,7 @@ def played(tmp_path_factory: pytest.TempPathFactory, run_python: Any) -> tuple[P
     """The folder of all scenarios, and what became of them."""
     folder = tmp_path_factory.mktemp("scenarios")
     kills = [f"writer {world} {points}" for world, points in KILLS]
-    result = run_python(FILE, folder, *UNBROKEN.values(), *FAILURES, *kills)
+    result = run_python(FILE, folder, *UNBROKEN.values(), *FAILURES, *kills, timeout=280)
     assert result.returncode == 0, result.stderr[-2000:]
     return folder, json.loads(result.stdout.splitlines()[-1])
 

@@ -110,6 +110,18 @@ def test_other_settings_are_refused(used: Path, present: dict[str, Any], message
         check(used, "auto", present)
 
 
+def test_an_empty_setting_of_a_rule_that_is_newer_than_the_run_changes_nothing(
+    tmp_path: Path,
+) -> None:
+    rules = [{"match": ".*", "lr": 1.0, "weight_decay": None}]
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"optimizer": {"rules": rules}}))
+    newer = {"optimizer": {"rules": [rules[0] | {"group": ""}]}}
+    assert check(tmp_path, "auto", newer) == {}
+    for change in ({"group": "phi"}, {"weight_decay": 0.0}, {"lr": 0.0}):
+        with pytest.raises(RunDirectoryError, match=r"optimizer\.rules was"):
+            check(tmp_path, "auto", {"optimizer": {"rules": [rules[0] | change]}})
+
+
 def test_a_setting_newer_than_the_run_counts_as_its_default(used: Path) -> None:
     newer = SETTINGS | {"model": {"arguments": {}, "width": 8}}
     assert check(used, "auto", newer) == {}
