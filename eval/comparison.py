@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from eval.label_metrics import LABELS
 from eval.results import markdown_table, sample_name
-from eval.statistics import paired_difference
+from eval.statistics import paired_class_difference, paired_difference
 from eval.tables import short
 
 
@@ -69,14 +70,22 @@ def _rows(records: list[dict[str, Any]], folders: list[Path]) -> list[list[str]]
             continue
         cells = [_with_interval(record, name) for record in records]
         for own in samples[1:]:
-            if name not in own or name not in samples[0]:
-                cells.append("-")
-                continue
-            value, low, high = paired_difference(samples[0][name], own[name])
-            star = " *" if low > 0 or high < 0 else ""
-            cells.append(f"{value:+.3f} ({low:+.3f} to {high:+.3f}){star}")
+            cells.append(_difference(name, samples[0], own))
         rows.append([records[0]["dataset"], records[0]["task"], name, *cells])
     return rows
+
+
+def _difference(name: str, first: dict[str, Any], other: dict[str, Any]) -> str:
+    """How far a figure of `other` is from that of `first`; "-" where samples do not tell."""
+    if name in first and name in other:
+        value, low, high = paired_difference(first[name], other[name])
+    elif name == "mean_per_class_recall" and LABELS in first:
+        hits = first["acc1"], other["acc1"]
+        value, low, high = paired_class_difference(*hits, first[LABELS])
+    else:
+        return "-"
+    star = " *" if low > 0 or high < 0 else ""
+    return f"{value:+.3f} ({low:+.3f} to {high:+.3f}){star}"
 
 
 def _with_interval(record: dict[str, Any], name: str) -> str:

@@ -19,6 +19,7 @@ from eval.statistics import bootstrap_class_mean
 from eval.zero_shot import class_ranks
 
 CHUNK = 4096
+LABELS = "label"  # of each sample, beside the values that figures are means of
 WORST = 10
 MAX_CONFUSION = 200  # classes up to which the whole matrix is written
 
@@ -60,6 +61,7 @@ def measure_labels(
     hits = ranks < 1
     measured.metrics["mean_per_class_recall"] = float(per_class_recall(hits, truth, classes)[1])
     measured.ci95["mean_per_class_recall"] = bootstrap_class_mean(hits, truth)
+    measured.samples[LABELS] = truth.astype(np.float64)
     measured.details |= _details(scores.argmax(1).numpy(), truth, classnames)
     return measured
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -137,15 +138,48 @@ def bootstrap_class_mean(
         hits: (N,) bool.
         labels: (N,) int64, not negative; classes that a resample lacks do not count in it.
     """
-    rng, size = np.random.default_rng(seed), len(hits)
-    right, means = labels[hits], np.empty(samples)
-    places = np.cumsum(hits) - 1
-    classes = int(labels.max()) + 1
-    for number in range(samples):
-        rows = rng.integers(size, size=size)
-        total = np.bincount(labels[rows], minlength=classes)
-        good = np.bincount(right[places[rows[hits[rows]]]], minlength=classes)
-        present = total > 0
-        means[number] = (good[present] / total[present]).mean()
+    means = _resampled_class_means(hits[:, None], labels, samples, seed)[:, 0]
     low, high = np.quantile(means, (0.025, 0.975))
     return float(low), float(high)
+
+
+def paired_class_difference(
+    first: ArrayLike, second: ArrayLike, labels: ArrayLike, samples: int = 1000, seed: int = 0
+) -> tuple[float, float, float]:
+    """As `paired_difference`, of means over classes of the share of hits in each.
+
+    Args:
+        first, second: (N,) hits of the same samples, 0 or 1.
+        labels: (N,) their classes.
+
+    Raises:
+        ValueError: lengths that differ.
+    """
+    a, b, truth = np.asarray(first), np.asarray(second), np.asarray(labels, np.int64)
+    if not a.shape == b.shape == truth.shape:
+        raise ValueError(f"paired values must be of the same samples, got {a.shape} and {b.shape}")
+    hits = np.stack([a, b], axis=1)
+    means = _resampled_class_means(hits, truth, samples, seed)
+    low, high = np.quantile(means[:, 1] - means[:, 0], (0.025, 0.975))
+    one, two = _class_means(hits, truth)
+    return float(two - one), float(low), float(high)
+
+
+def _resampled_class_means(
+    hits: NDArray[Any], labels: NDArray[np.int64], samples: int, seed: int
+) -> NDArray[np.float64]:
+    """(samples, K) means over classes of hits (N, K)."""
+    rng, size = np.random.default_rng(seed), len(hits)
+    means = np.empty((samples, hits.shape[1]))
+    for number in range(samples):
+        rows = rng.integers(size, size=size)
+        means[number] = _class_means(hits[rows], labels[rows])
+    return means
+
+
+def _class_means(hits: NDArray[Any], labels: NDArray[np.int64]) -> NDArray[np.float64]:
+    """(K,) means over the classes that occur of the share of hits (N, K) in each."""
+    total = np.bincount(labels)
+    present = total > 0
+    right = [np.bincount(labels, weights=column, minlength=len(total)) for column in hits.T]
+    return np.stack([(own[present] / total[present]).mean() for own in right])

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import csv
 import io
 import json
+import sys
+from argparse import Namespace
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -95,13 +99,52 @@ def test_all_tasks_of_a_transformers_model_and_a_comparison(
     page = (tmp_path / "0" / "report.html").read_text()
     assert "What is taken for what" in page
     table = compare_evaluations.compare([f"{tmp_path}/0", f"{tmp_path}/1"])
-    assert "+0.000 (+0.000 to +0.000) |" in table
+    assert table.count("+0.000 (+0.000 to +0.000) |") == 7  # all but the three acc5
     assert f"{tmp_path}/1 - {tmp_path}/0 (95 % interval)" in table  # one model: told by folder
     with pytest.raises(ValueError, match=r"results\.json' is a file: give the folder"):
         compare_evaluations.compare([f"{tmp_path}/0", f"{tmp_path}/1/results.json"])
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match=r"file/results' cannot be written to"):
         check_folder(f"{tmp_path}/file/results", "", [])
+
+
+def test_clip_benchmark_makes_a_table_of_our_results(
+    on_the_cpu: None, clip: Path, benchmark_set: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    pytest.importorskip("clip_benchmark", reason="pip install --no-deps clip-benchmark")
+    # What it imports for the scores of captions, which need Java.
+    monkeypatch.setitem(sys.modules, "clip_benchmark.metrics.captioning", MagicMock())
+    cli = pytest.importorskip("clip_benchmark.cli")
+    results = tmp_path / "results"
+    words = [f"--model={clip}", f"--data={benchmark_set}", "--threads=1", f"--results={results}"]
+    evaluate.main([*words, "--tasks=zero_shot_classification,knn"])
+    files = sorted(map(str, (results / "clip_benchmark").glob("*.json")))
+    assert len(files) == 2
+    table = tmp_path / "table.csv"
+    cli.main_build(Namespace(files=files, output=str(table)))
+    with open(table, newline="") as file:
+        rows = list(csv.DictReader(file))
+    records = {r["task"]: r for r in json.loads((results / "results.json").read_text())}
+    assert {row["task"] for row in rows} == set(records)
+    for row in rows:
+        record = records[row["task"]]
+        assert float(row["acc1"]) == record["metrics"]["acc1"]
+        assert row["dataset"] == "colours"
+
+
+def test_results_of_other_weights_and_of_one_name_are_not_overwritten(
+    on_the_cpu: None, capsys: pytest.CaptureFixture[str], clip: Path, benchmark_set: Path,
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    model, results = f"--model={clip}", f"--results={tmp_path}/results"
+    one = {"data": str(benchmark_set), "tasks": ["knn"]}
+    twice = f"--evaluation={json.dumps([one, one])}"
+    assert "two evaluation sets are called 'colours'" in refusal(capsys, model, twice, results)
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "results.json").write_text('[{"weights_sha256": "another"}]')
+    alone = f"--evaluation={json.dumps([one])}"
+    assert "holds results of other weights" in refusal(capsys, model, alone, results)
 
 
 def test_karpathy_files_and_the_models_own_processor(
