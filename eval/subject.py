@@ -127,10 +127,12 @@ def open_subject(
             tower = open_image_tower(model)
             if adjust is not None:
                 adjust(tower.model, tower.source)
+            tower.model.to(call.device)
             return from_tower(model, tower, call, precision)
     opened = open_model(model, pretrained)
     if adjust is not None:
         adjust(opened.model, opened.source)
+    opened.model.to(call.device)
     return from_opened(model, opened, call, precision)
 
 
@@ -157,8 +159,9 @@ class Caller:
 
 
 def from_opened(name: str, opened: OpenedModel, call: Caller, precision: str) -> Subject:
-    """The subject of a model that `open_model` has opened."""
-    model = opened.model.to(call.device)
+    """The subject of a model that `open_model` has opened, or that is in training, where it lies:
+    what is divided among processes cannot be moved."""
+    model = opened.model
     normalize = Normalize(opened.mean, opened.std).to(call.device)
     trunk = getattr(model.visual, "trunk", None)  # of open_clip's own towers there is none
 
@@ -190,8 +193,8 @@ def from_opened(name: str, opened: OpenedModel, call: Caller, precision: str) ->
 
 
 def from_tower(name: str, tower: ImageTower, call: Caller, precision: str) -> Subject:
-    """The subject of a timm model: its pooled features, without its classifier."""
-    model = tower.model.to(call.device)
+    """The subject of a timm model, where it lies: its pooled features, without its classifier."""
+    model = tower.model
     normalize = Normalize(tower.mean, tower.std).to(call.device)
 
     def pooled(images: Tensor) -> Tensor:

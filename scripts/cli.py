@@ -8,6 +8,7 @@ import re
 import select
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, fields, is_dataclass
@@ -171,6 +172,8 @@ def run(main: Callable[[], object]) -> None:
     """
     try:
         _check_owners()
+        # Torch's advice on loaders: their number is the user's, or planned from the cores.
+        warnings.filterwarnings("ignore", "This DataLoader will create")
         main()
         sys.stdout.flush()
     except Exception as error:

@@ -37,12 +37,24 @@ COMMANDS = (
 ENTRIES = {"evaluation": EvaluationSetConfig(), "optimizer.rules": ParameterRule()}
 GROUPS = "classification contrastive data evaluation image model optimizer schedule text train"
 SETTING = re.compile(rf"^(?:--)?((?:{'|'.join(GROUPS.split())})(?:\.[a-z]\w*)+)(?![\w.]*[(/])")
-FILES = (".json", ".jsonl", ".onnx", ".safetensors", ".tar", ".yaml", ".png", ".txt", ".html")
+FILES = (
+    ".json",
+    ".jsonl",
+    ".onnx",
+    ".safetensors",
+    ".tar",
+    ".yaml",
+    ".png",
+    ".txt",
+    ".html",
+    ".log",
+)
 # Options of other programs, and of commands that take no dataclass.
 FOREIGN = {
     "--help", "--config", "--resume", "--nnodes", "--nproc_per_node", "--rdzv_id", "--max_restarts",
     "--multi_gpu", "--use_fsdp", "--fsdp_version", "--num_processes", "--cpu", "--machine_rank",
     "--output", "--only", "--full", "--rounds", "--device", "--dtype", "--seed", "--signal",
+    "--benchmark", "--no-deps",
 }  # fmt: skip
 PACKAGES = "classification contrastive data_pipelines encoders eval training scripts benchmarks"
 MODULE = re.compile(rf"^((?:{'|'.join(PACKAGES.split())})(?:\.[A-Za-z]\w*)+)(?:\(.*\))?$")

@@ -23,10 +23,10 @@ def test_names_become_places_in_classnames(tmp_path: Path, picture: Callable[[in
     def labels(*names: str) -> list[int]:
         transform = eval_transform(8)
         opened = hugging_face_set(path, "test", transform, "label", classnames=names)
-        return [entry.label for entry in opened.entries]
+        return [label for entry in opened.entries for label in entry.labels]
 
     assert labels("ant", "bee") == [1, 1, 0]
-    with pytest.raises(ShardError, match="has the label 'ant', which is neither a number nor"):
+    with pytest.raises(ShardError, match="holds 'ant', which is neither a number nor"):
         labels("fly", "bee")
-    with pytest.raises(ShardError, match="has the label 'bee'"):
+    with pytest.raises(ShardError, match="holds 'bee'"):
         labels()
