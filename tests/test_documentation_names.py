@@ -54,7 +54,7 @@ FOREIGN = {
     "--help", "--config", "--resume", "--nnodes", "--nproc_per_node", "--rdzv_id", "--max_restarts",
     "--multi_gpu", "--use_fsdp", "--fsdp_version", "--num_processes", "--cpu", "--machine_rank",
     "--output", "--only", "--full", "--rounds", "--device", "--dtype", "--seed", "--signal",
-    "--benchmark", "--no-deps",
+    "--benchmark", "--no-deps", "--data", "--steps", "--seeds",
 }  # fmt: skip
 PACKAGES = "classification contrastive data_pipelines encoders eval training scripts benchmarks"
 MODULE = re.compile(rf"^((?:{'|'.join(PACKAGES.split())})(?:\.[A-Za-z]\w*)+)(?:\(.*\))?$")
