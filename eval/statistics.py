@@ -149,8 +149,11 @@ def paired_class_difference(
     """As `paired_difference`, of means over classes of the share of hits in each.
 
     Args:
-        first, second: (N,) hits of the same samples, 0 or 1.
+        first: (N,) hits, 0 or 1.
+        second: (N,) hits of the same samples.
         labels: (N,) their classes.
+        samples: times that every class is drawn anew.
+        seed: of the draws.
 
     Raises:
         ValueError: lengths that differ.
