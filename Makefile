@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install demo demo-long test lint types format docs bench bench-gpu bench-loss bench-step bench-stream bench-evaluation app clean
+.PHONY: help install demo demo-long test lint types format docs bench bench-gpu bench-loss bench-step bench-stream bench-evaluation app peers clean
 
 help:
 	@echo "make demo       install, train and evaluate on the embedded pictures, write runs/demo/report.html"
@@ -13,6 +13,7 @@ help:
 	@echo "make bench-loss time and memory of the contrastive losses, alone and on several processes"
 	@echo "make app        a page to play with the demo's model (MODEL=run or checkpoint, IMAGES=folder or shards)"
 	@echo "make docs       the pages and the API reference, in build/site"
+	@echo "make peers      what the evaluation is compared with in tests, which are skipped without"
 	@echo "make lint types check style and types"
 
 $(INSTALLED): pyproject.toml
@@ -37,6 +38,11 @@ IMAGES ?= data/emoji/test
 app: install
 	@test -e "$(MODEL)" || { echo "error: '$(MODEL)' does not exist: run make demo first, or make app MODEL=..."; exit 2; }
 	$(BIN)/python -m scripts.app "$(MODEL)" --images "$(IMAGES)"
+
+# Evaluation is compared with these; what else they require is not needed, and would not fit.
+peers: install
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps \
+		clip-benchmark tensorflow-datasets mmpretrain
 
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
@@ -149,8 +149,7 @@ def _embed_texts(embedder: Embedder, texts: Sequence[str]) -> Tensor:
 def _read(path: Path) -> dict[str, Tensor] | None:
     """The tensors of a file, or None when it is missing or damaged."""
     try:
-        with safe_open(path, "pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        return load_file(path)
     except (OSError, SafetensorError):
         return None
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+import mteb
 import numpy as np
 import pytest
 import torch
+from mteb import mocks
 
 from eval.subject import Subject, open_subject
 from scripts import evaluate_mteb
 from tests.tiny_models import write_dual_encoder
-
-mteb = pytest.importorskip("mteb", reason="pip install mteb")
 
 
 @pytest.fixture(scope="module")
@@ -26,8 +26,6 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def measure(subject: Subject, *names: str) -> dict[str, Any]:
-    from mteb import mocks
-
     from eval.mteb_adapter import MtebEncoder
 
     found = mteb.evaluate(

@@ -33,7 +33,6 @@ def test_equal_vectors_come_in_their_order(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_faiss_finds_nearly_the_nearest() -> None:
-    pytest.importorskip("faiss")
     torch.manual_seed(0)
     centres = torch.randn(50, 32)
     vectors = centres[torch.randint(50, (6000,))] + 0.5 * torch.randn(6000, 32)
@@ -51,7 +50,6 @@ def test_faiss_finds_nearly_the_nearest() -> None:
 
 
 def test_faiss_with_fewer_vectors_than_are_asked_for() -> None:
-    pytest.importorskip("faiss")
     scores, numbers = FaissIndex(torch.eye(3), lists=1).search(torch.eye(3)[:1], 9)
     assert numbers[0, 0] == 0
     assert scores.shape == numbers.shape == (1, 3)

@@ -21,8 +21,9 @@ def no_network(*_: Any, **__: Any) -> None:
 def leave(root: str) -> None:
     """Forget the repository, which an editable install puts on the path, and the network."""
     sys.path[:] = [path for path in sys.path if Path(path or ".").resolve() != Path(root)]
-    socket.socket.connect = socket.socket.connect_ex = no_network  # type: ignore[method-assign]
-    socket.getaddrinfo = no_network  # type: ignore[assignment]
+    for owner, names in ((socket.socket, ("connect", "connect_ex")), (socket, ("getaddrinfo",))):
+        for name in names:
+            setattr(owner, name, no_network)
 
 
 class Expected:

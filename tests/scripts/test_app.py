@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 from PIL import Image, ImageStat
+from playwright import sync_api
 
 from contrastive.config import ImageTowerConfig
 from data_pipelines.picture_sets import open_picture_set
@@ -29,7 +30,6 @@ from scripts import app
 from tests.conftest import ROOT, RunPython
 from tests.tiny_models import write_dual_encoder
 
-gradio = pytest.importorskip("gradio")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 FLAGS = [
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
@@ -97,7 +97,6 @@ def server(run: Path, shards: Path, tmp_path: Path) -> Iterator[Server]:
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: apt-get install chromium")
 def test_the_page_in_a_browser(server: Server, run: Path, shards: Path, tmp_path: Path) -> None:
     """One server and one browser: upload, classify, search, slide, refuse, and every look."""
-    sync_api = pytest.importorskip("playwright.sync_api")
     with sync_api.sync_playwright() as playwright:
         context = playwright.chromium.launch_persistent_context(
             tmp_path / "profile", executable_path=CHROMIUM, args=FLAGS,

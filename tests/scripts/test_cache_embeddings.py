@@ -18,7 +18,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import BertConfig, BertModel, BertTokenizerFast
 
-import encoders.variants  # noqa: F401  (registers the image towers with timm)
 from contrastive.dual_encoder import (
     build_dual_encoder,
     frozen_parts,

@@ -6,17 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import timm
 import torch
 from timm.layers import DropPath
 from torch import nn
 
-import encoders  # noqa: F401  registers the models
 from classification.config import ClassifierConfig
 from classification.objective import ClassificationObjective
 from contrastive.config import ContrastiveConfig, ImageTowerConfig, TextTowerConfig
 from contrastive.dual_encoder import build_dual_encoder, model_config
 from contrastive.objective import ContrastiveObjective
+from encoders.variants import create_encoder
 from scripts.cli import parse_config
 from scripts.pretrain import PretrainRun
 from training.checkpoint import load_optimizer_tensors, optimizer_tensors
@@ -43,7 +42,7 @@ def settings_of(objective: nn.Module, config: OptimizerConfig) -> dict[str, tupl
 def classifier(
     name: str = "soft_moe_vit_test_patch16_64", **options: Any
 ) -> ClassificationObjective:
-    model = timm.create_model(name, num_classes=3, **options)
+    model = create_encoder(name, options, num_classes=3)
     return ClassificationObjective(model, ClassifierConfig(name), 3)
 
 

@@ -91,7 +91,6 @@ def test_a_run_that_fails_has_a_summary_too(
 
 
 def test_weights_and_biases_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     settings = flat_settings({"train": {"steps": 3}, "evaluation": [{"name": "a"}]})

@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import timm
 import torch
 from torch import nn
 
-import encoders  # noqa: F401  registers the models
 from classification.config import ClassifierConfig
 from classification.objective import ClassificationObjective
+from encoders.variants import create_encoder
 from tests.training.test_loop import make_trainer, metrics, outcome, quiet
 from training.checkpoint import CheckpointError, load_tensors
 from training.checkpoint import checkpoint_name as name_of
@@ -101,7 +100,7 @@ def test_gradient_checkpointing_has_the_same_loss_and_gradients(router: str) -> 
     for checkpointing in (False, True):
         torch.manual_seed(0)
         name = "soft_moe_vit_test_patch16_64"
-        model = timm.create_model(name, num_classes=3, router=router)
+        model = create_encoder(name, {"router": router}, num_classes=3)
         objective = ClassificationObjective(model, ClassifierConfig(name), 3)
         if checkpointing:
             objective.checkpoint_gradients()
