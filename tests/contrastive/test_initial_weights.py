@@ -1,4 +1,4 @@
-"""Initialising towers: what is loaded from where, what is said about it, and what is refused."""
+"""Initialising towers: what is loaded from where, and what is said about it."""
 
 from __future__ import annotations
 
@@ -17,117 +17,22 @@ from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 from timm.models import save_for_hf
 from torch import Tensor
-from transformers import BertConfig, BertForPreTraining, BertModel, BertTokenizerFast
+from transformers import BertModel
 
-from classification.config import ClassifierConfig
-from classification.objective import ClassificationObjective, build_classifier
-from contrastive.config import ContrastiveConfig, ImageTowerConfig, TextTowerConfig
-from contrastive.dual_encoder import build_dual_encoder, frozen_parts, model_config
-from contrastive.initial_weights import initialise_towers
-from contrastive.objective import ContrastiveObjective
-from training.checkpoint import CheckpointError, CheckpointWriter
-
-TEST = "soft_moe_vit_test_patch16_64"
-HALF = (0.5, 0.5, 0.5)
-ARGUMENTS = {"router": "experts_choice", "num_experts": 2, "img_size": 48}
-TINY: dict[str, Any] = {"width": 16, "heads": 2, "layers": 2, "context_length": 8}
-WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "red", "apple"]
-
-
-def start(
-    image: dict[str, Any] | None = None, text: dict[str, Any] | None = None, embed_dim: int = 8
-) -> tuple[Any, list[str]]:
-    """A model that starts as the settings say, with what the log says about it."""
-    torch.manual_seed(0)
-    images, texts = ImageTowerConfig(**{"name": TEST} | (image or {})), TextTowerConfig(
-        **(text or TINY)
-    )  # fmt: skip
-    config = model_config(images, texts, ContrastiveConfig(embed_dim=embed_dim))
-    model = build_dual_encoder(config)
-    lines = initialise_towers(model, images, texts, config)
-    frozen_parts(model, images, texts)
-    return model, lines
-
-
-def refused(message: str, **settings: Any) -> None:
-    with pytest.raises(ValueError, match=message) as error:
-        start(**settings)
-    assert "\n" not in str(error.value)
-
-
-def publish(objective: Any, run_dir: Path) -> Path:
-    """A run directory with one checkpoint, as the training loop leaves it."""
-    writer = CheckpointWriter(run_dir / "checkpoints", 7)
-    writer.begin()
-    writer.add_tensors(objective.weights_file, objective.model.state_dict())
-    for name, content in objective.config_files().items():
-        writer.add_json(name, content)
-    writer.publish(7)
-    return run_dir
-
-
-def classification_run(run_dir: Path, **arguments: Any) -> Path:
-    torch.manual_seed(5)
-    config = ClassifierConfig(TEST, arguments=arguments)
-    return publish(ClassificationObjective(build_classifier(config, 3), config, 3), run_dir)
-
-
-def contrastive_run(
-    run_dir: Path, text: dict[str, Any] | None = None, **arguments: Any
-) -> Path:  # fmt: skip
-    torch.manual_seed(5)
-    config = ContrastiveConfig(embed_dim=8)
-    images = ImageTowerConfig(TEST, arguments=arguments)
-    described = model_config(images, TextTowerConfig(**(text or TINY)), config)
-    model = build_dual_encoder(described)
-    return publish(ContrastiveObjective(model, described, config, HALF, HALF), run_dir)
-
-
-@pytest.fixture(scope="module")
-def classifier(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Tensor]]:
-    """A run directory with one classification checkpoint, and its weights."""
-    run_dir = classification_run(tmp_path_factory.mktemp("classifier"))
-    return run_dir, load_file(run_dir / "checkpoints/step_00000007/model.safetensors")
-
-
-@pytest.fixture(scope="module")
-def dual_encoder(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Tensor]]:
-    """A run directory with one contrastive checkpoint, and its weights."""
-    run_dir = contrastive_run(tmp_path_factory.mktemp("dual_encoder"))
-    return run_dir, load_file(run_dir / "checkpoints/step_00000007/open_clip_model.safetensors")
-
-
-@pytest.fixture(scope="module")
-def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny BERT with its heads of pretraining, in half precision, and a tokenizer."""
-    root = tmp_path_factory.mktemp("text")
-    (root / "words.txt").write_text("\n".join(WORDS), encoding="utf-8")
-    BertTokenizerFast(vocab=str(root / "words.txt")).save_pretrained(root / "bert")
-    torch.manual_seed(1)
-    BertForPreTraining(bert_config()).half().save_pretrained(root / "bert")
-    return root / "bert"
-
-
-def bert_config(**changes: Any) -> BertConfig:
-    sizes = {
-        "vocab_size": len(WORDS), "hidden_size": 16, "num_hidden_layers": 2,
-        "num_attention_heads": 2, "intermediate_size": 32, "max_position_embeddings": 12,
-    }  # fmt: skip
-    return BertConfig(**sizes | changes)
-
-
-def hugging_face(folder: Path, **changes: Any) -> dict[str, Any]:
-    return {"kind": "hugging_face", "folder": str(folder), "context_length": 6} | changes
-
-
-def assert_equal(module: torch.nn.Module, expected: dict[str, Tensor]) -> None:
-    found = module.state_dict()
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(value, expected[name]) for name, value in found.items())
-
-
-def inside(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {n.removeprefix(prefix): v for n, v in tensors.items() if n.startswith(prefix)}
+from tests.contrastive.weight_runs import (
+    ARGUMENTS,
+    HALF,
+    TEST,
+    TINY,
+    assert_equal,
+    bert_config,
+    contrastive_run,
+    hugging_face,
+    inside,
+    refused,
+    start,
+)
+from training.checkpoint import CheckpointError
 
 
 @pytest.mark.parametrize(
@@ -335,109 +240,3 @@ def test_what_transformers_would_pass_over_is_refused(bert: Path, tmp_path: Path
     allow = [r"transformer\.embeddings\.word_embeddings\.weight"]
     _, (_, line) = start(text=hugging_face(folder, init_allow=allow))
     assert "allowed: transformer.embeddings.word_embeddings.weight is (8, 16)" in line
-
-
-def test_weights_of_another_architecture_are_explained(
-    classifier: tuple[Path, dict[str, Tensor]], tmp_path: Path
-) -> None:
-    _, weights = classifier
-    other = timm.create_model(TEST, num_classes=3, embed_dim=16).state_dict()
-    save_file(other, tmp_path / "other.safetensors")
-    save_file(
-        {name: value for name, value in weights.items() if "blocks.1.mlp" not in name},
-        tmp_path / "dense.safetensors",
-    )
-    (tmp_path / "empty" / "checkpoints").mkdir(parents=True)
-    (tmp_path / "bare").mkdir()
-    for place, problem in (
-        ("other.safetensors", r"trunk\.pos_embed is \(1, 16, 16\), expected \(1, 16, 32\)"),
-        ("dense.safetensors", r"missing trunk\.blocks\.1\.mlp\.phi"),
-        ("dense.safetensors", r"match these names in image\.init_allow"),
-        ("nowhere", "does not exist"),
-        ("empty", "holds no complete checkpoint"),
-        ("bare", r"has no model\.safetensors; only safetensors are read"),
-    ):
-        refused(problem, image={"init_from": str(tmp_path / place)})
-
-
-def test_differences_are_allowed_by_name(
-    classifier: tuple[Path, dict[str, Tensor]], tmp_path: Path
-) -> None:
-    _, weights = classifier
-    changed = {name: value for name, value in weights.items() if name != "norm.bias"}
-    changed |= {"pos_embed": torch.zeros(1, 4, 32), "extra": torch.zeros(2)}
-    save_file(changed, tmp_path / "w.safetensors")
-    source = {"init_from": str(tmp_path / "w.safetensors")}
-    allow = [r"trunk\.(pos_embed|norm\.bias)", "trunk.extra"]
-    fresh, _ = start()
-    model, (line, _) = start(source | {"init_allow": allow})
-    trunk, before = model.visual.trunk.state_dict(), fresh.visual.trunk.state_dict()
-    for name, value in trunk.items():
-        expected = before if name in ("pos_embed", "norm.bias") else weights
-        assert torch.equal(value, expected[name]), name
-    assert line.endswith(
-        "allowed: missing trunk.norm.bias, unexpected trunk.extra, trunk.pos_embed is (1, 4, 32),"
-        " expected (1, 16, 32)"
-    )
-    refused(
-        "missing trunk.norm.bias", image=source | {"init_allow": ["trunk.pos_embed", ".*extra"]}
-    )
-    refused(r"'head' matches no parameter", image=source | {"init_allow": [*allow, "head"]})
-    refused(r"image\.init_allow '\('", image=source | {"init_allow": ["("]})
-    refused(r"image\.init_allow allows differences to nothing", image={"init_allow": ["x"]})
-
-
-def test_another_width_of_the_joint_space_is_a_difference(dual_encoder: tuple[Path, Any]) -> None:
-    source = {"init_from": str(dual_encoder[0])}
-    refused(r"head\.proj\.weight is \(8, 32\), expected \(4, 32\)", image=source, embed_dim=4)
-    allow = {"init_allow": [r"head\..*"]}, {"init_allow": ["text_projection"]}
-    _, lines = start(source | allow[0], TINY | source | allow[1], embed_dim=4)
-    assert all("; allowed: " in line for line in lines)
-
-
-def test_arguments_must_be_those_of_the_source(tmp_path: Path) -> None:
-    """Weights of another router fit by name and shape."""
-    for make in (classification_run, contrastive_run):
-        run_dir = make(tmp_path / make.__name__, **ARGUMENTS)
-        model, _ = start({"init_from": str(run_dir), "arguments": ARGUMENTS})
-        assert model.visual.trunk.router == "experts_choice"
-        assert model.visual.image_size == (48, 48)
-        (file,) = run_dir.glob("checkpoints/*/*model.safetensors")
-        with pytest.raises(CheckpointError) as error:
-            start({"init_from": str(file)})
-        told = str(error.value).rpartition("write --image.arguments ")[2]
-        assert json.loads(told.strip("'")) == ARGUMENTS
-        other = ARGUMENTS | {"router": "soft"}
-        refused(
-            'image.arguments is {.*"soft"', image={"init_from": str(run_dir), "arguments": other}
-        )
-        name = {"name": TEST.replace("soft_moe", "dense")}
-        refused(f"is a {TEST}: set image.name", image={"init_from": str(run_dir)} | name)
-
-
-@pytest.mark.parametrize(
-    ("changes", "problem"),
-    [
-        ({"heads": 4}, r"has heads 2, the tower here 4: set text\.heads"),
-        ({"moe_blocks": 1}, r"causal_soft_moe null, .* set text\.moe_blocks"),
-        ({"context_length": 9}, r"positional_embedding is \(8, 16\), expected \(9, 16\)"),
-        ({"init_from": "none"}, r"text\.init_from 'none' does not exist"),
-    ],
-)
-def test_a_text_tower_of_another_shape_is_refused(
-    dual_encoder: tuple[Path, Any], changes: dict[str, Any], problem: str
-) -> None:
-    refused(problem, text=TINY | {"init_from": str(dual_encoder[0])} | changes)
-
-
-def test_sources_without_a_text_tower_are_refused(
-    classifier: tuple[Path, dict[str, Tensor]], bert: Path, tmp_path: Path
-) -> None:
-    save_file(classifier[1], tmp_path / "w.safetensors")
-    for source, problem in (
-        (classifier[0], r"has no open_clip_config\.json"),
-        (bert, r"a Hugging Face model goes into text\.folder"),
-        (tmp_path / "w.safetensors", "holds no text tower"),
-    ):
-        refused(problem, text=TINY | {"init_from": str(source)})
-    refused("describes no timm model", image={"init_from": str(bert)})

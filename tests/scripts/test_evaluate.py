@@ -22,11 +22,6 @@ HALF = (0.5, 0.5, 0.5)
 
 
 @pytest.fixture
-def on_the_cpu(fresh_accelerate: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-
-
-@pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
     """A folder with an untrained dual encoder, as the training commands leave it."""
     torch.manual_seed(0)

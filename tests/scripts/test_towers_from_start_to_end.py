@@ -26,9 +26,7 @@ ARGUMENTS = {"router": "experts_choice", "num_experts": 2, "img_size": 48}
 TEXT = ["--text.width=16", "--text.heads=2", "--text.layers=2", "--text.context_length=8"]
 
 
-@pytest.fixture(autouse=True)
-def on_the_cpu(fresh_accelerate: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+pytestmark = pytest.mark.usefixtures("on_the_cpu")
 
 
 @pytest.fixture

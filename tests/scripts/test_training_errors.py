@@ -33,9 +33,7 @@ def pretrain_arguments(shards: Path, run_dir: Path, *more: str) -> list[str]:
     ]  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def on_the_cpu(fresh_accelerate: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+pytestmark = pytest.mark.usefixtures("on_the_cpu")
 
 
 @pytest.fixture(scope="module")
