@@ -6,6 +6,7 @@ import fcntl
 import io
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
@@ -21,6 +22,13 @@ NOT_COPIED = shutil.ignore_patterns(
     ".*", "*.egg-info", "__pycache__", "build", "data", "dist", "golden", "runs"
 )
 RunPython = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def pytest_configure() -> None:
+    """Let Ctrl-C reach the commands under test, also where the suite was started in the background,
+    whose shell has it ignored by all descendants."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
