@@ -178,7 +178,9 @@ class Launch:
 
     def _prepare_folder(self) -> None:
         self.run_dir.mkdir(parents=True, exist_ok=True)
-        if set(self.changes) - {"resume", "run_dir"} or not (self.run_dir / SETTINGS).exists():
+        # A start in the folder of one that failed at once has its own settings, not those.
+        fresh = self.config.resume is None or not (self.run_dir / SETTINGS).exists()
+        if fresh or set(self.changes) - {"resume", "run_dir"}:
             save_config(self.config, self.run_dir / SETTINGS)
         write_environment(self.run_dir / "env.json")
 

@@ -40,8 +40,6 @@ class Background:
                 try:
                     self._tasks.pop(0).result()
                 except BaseException:
-                    for task in self._tasks:
-                        task.cancel()
                     self._tasks, self._failed = [], threading.Event()
                     raise
 

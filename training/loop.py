@@ -29,6 +29,7 @@ from training.parallel import Layout, Prepared
 from training.plan import UNKNOWN, announce, check_settings, make_guard, make_plan, say_speed
 from training.processes import Agreement, Watch, end_loaders
 from training.progress import Progress
+from training.retention import Retention
 from training.run_directory import has_row
 from training.run_log import say
 from training.saving import SaveError, Saver, total_counts
@@ -106,9 +107,7 @@ class Trainer:
             # Several processes cannot leave an evaluation together; see `Milestones`.
             lambda: self._requests.interruptible() if processes == 1 else nullcontext(),
         )
-        self.milestones = Milestones(
-            self.saver, self.evaluate, self._enter, processes, bool(train.keep_best), resume
-        )
+        self.milestones = Milestones(self.saver, self.evaluate, self._enter, resume)
         self.stopped: str | None = None
         self.tracking: Tracking | None = None
         self._requests = StopRequests()
@@ -123,9 +122,7 @@ class Trainer:
             self.accelerator,
             self.guard,
             self.layout,
-            keep_last=self.train.keep_last,
-            keep_every=self.plan.keep_every,
-            keep_best=self.train.keep_best,
+            Retention(self.train.keep_last, self.plan.keep_every, self.train.keep_best),
             in_background=self.train.save_in_background,
             average=self.average,
             exports_average=self.train.ema_export,
@@ -222,7 +219,7 @@ class Trainer:
         self.wrapped.train()
         if agreement.largest(self.owes_evaluation()):
             figures = self._reach(evaluates=True, saves=False)
-        pace = Pace(self.step)
+        pace = Pace(self.step, progress)
         while self.step < self.plan.steps:
             self.saver.check()
             batch = self._next(batches, progress)
@@ -247,7 +244,7 @@ class Trainer:
                 self._is_due(self.plan.save_every),
             )
             if evaluates or saves:
-                with progress.paused(), pace.paused():
+                with progress.paused():
                     figures = self._reach(evaluates=evaluates, saves=saves) or figures
         if self.milestones.interrupted:  # in the last evaluation, or in one that was owed
             self.stopped = self._requests.reason

@@ -65,8 +65,8 @@ def keep_freed_memory() -> bool:
     """Keep what is freed for the next allocation, where the C library is glibc; returns if it is.
 
     By default glibc hands the free top of its heap back to the system, and a training step on CPU
-    that allocates the same gigabyte as the step before then pays for fresh zeroed pages: 5 % of a
-    step of a small model (`benchmarks/training_step.py`). The peak of memory stays what it was.
+    that allocates the same gigabyte as the step before then pays for fresh zeroed pages
+    (docs/results.md, "The training engine"). Memory stays at its peak between steps.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
     if mallopt is None:

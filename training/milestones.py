@@ -23,9 +23,6 @@ class Milestones:
     Args:
         evaluate: runs all evaluators; raises `Interrupted` when a stop ends it.
         enter: told what begins, see `training.processes.PHASES`.
-        processes: of the run. Several cannot leave an evaluation together, so a stop in it needs a
-            checkpoint that is written already.
-        saves_evaluations: whether every evaluation gets a checkpoint.
 
     Attributes:
         last_checkpoint: on the main process, the newest that has its name or is about to get it.
@@ -37,12 +34,9 @@ class Milestones:
         saver: Saver,
         evaluate: Callable[[], Figures],
         enter: Callable[[str], None],
-        processes: int,
-        saves_evaluations: bool,
         last_checkpoint: Path | None,
     ) -> None:
         self.saver, self.evaluate, self.enter = saver, evaluate, enter
-        self.processes, self.saves_evaluations = processes, saves_evaluations
         self.last_checkpoint, self.interrupted = last_checkpoint, False
         self._pending: tuple[CheckpointWriter, Mapping[str, int]] | None = None
         self._publishing = threading.Lock()
@@ -56,9 +50,11 @@ class Milestones:
             NonFiniteError: the weights have been updated with values that are not finite.
             SaveError: the checkpoint, or the one before, cannot be written.
         """
-        saves = saves or (evaluates and self.saves_evaluations)
+        saves = saves or (evaluates and bool(self.saver.keep.best))
         figures: Figures = {}
-        if saves or (evaluates and self.processes > 1):
+        # Several processes cannot leave an evaluation together, so a stop in it needs a checkpoint
+        # that is written already.
+        if saves or (evaluates and self.saver.accelerator.num_processes > 1):
             self.enter("saving")
             self._pending = self.saver.write(skipped, **position), position
         try:

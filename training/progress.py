@@ -24,7 +24,7 @@ class Progress:
             dynamic_ncols=True,
             disable=not (is_main and sys.stderr.isatty()),
         )
-        self.total_wait = 0.0  # seconds
+        self.total_wait = self.total_pause = 0.0  # seconds
         self._reset()
 
     def _reset(self) -> None:
@@ -45,7 +45,8 @@ class Progress:
         """Time inside does not count as training."""
         start = time.perf_counter()
         yield
-        self._pause += time.perf_counter() - start
+        paused = time.perf_counter() - start
+        self._pause, self.total_pause = self._pause + paused, self.total_pause + paused
 
     def set_total(self, total: int) -> None:
         """Correct the number of steps, once it is known."""

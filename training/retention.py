@@ -5,9 +5,23 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from training.checkpoint import list_checkpoints, read_manifest
+from training.checkpoint import list_checkpoints, prune_checkpoints, read_manifest
+
+
+class Retention(NamedTuple):
+    """What is kept: the last checkpoints, multiples of a number of steps, the best by a figure;
+    see `protected_checkpoints` for the latter two."""
+
+    last: int
+    every: int = 0
+    best: str = ""
+
+    def prune(self, folder: Path, newest: Path) -> None:
+        """Remove from `folder` what is not kept, now that `newest` has been published."""
+        protected = protected_checkpoints(folder, self.every, self.best)
+        prune_checkpoints(folder, newest, self.last, protected)
 
 
 def protected_checkpoints(folder: Path, every: int, best: str) -> set[str]:

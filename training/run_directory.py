@@ -19,7 +19,7 @@ from PIL import Image
 
 SETTINGS = "config.yaml"
 PARTIAL_SETTINGS = SETTINGS + ".partial"
-# All that a run has written which failed before its first step.
+# All that a run has written which failed before its first row, with nothing to lose.
 OF_A_START = {SETTINGS, PARTIAL_SETTINGS, "env.json", "train.log"}
 # What a run may change when it is continued: nothing of it touches what is learnt, but for the
 # number of steps, which is worth a line.

@@ -27,7 +27,6 @@ from training.checkpoint import (
     load_tensors,
     load_weights,
     optimizer_tensors,
-    prune_checkpoints,
     random_state,
     read_manifest,
     read_state,
@@ -36,7 +35,7 @@ from training.ema import WeightAverage
 from training.finite import FiniteGuard
 from training.objective import Objective, TrainingStream
 from training.parallel import Layout
-from training.retention import protected_checkpoints
+from training.retention import Retention
 from training.snapshot import Snapshot
 
 GUARD = "guard.safetensors"
@@ -70,18 +69,15 @@ class Saver:
         accelerator: Accelerator,
         guard: FiniteGuard,
         layout: Layout,
+        keep: Retention,
         *,
-        keep_last: int,
-        keep_every: int = 0,
-        keep_best: str = "",
         in_background: bool = False,
         average: WeightAverage | None = None,
         exports_average: bool = False,
     ) -> None:
         self.folder, self.objective, self.optimizer = folder, objective, optimizer
         self.stream, self.accelerator, self.guard = stream, accelerator, guard
-        self.layout = layout
-        self.keep_last, self.keep_every, self.keep_best = keep_last, keep_every, keep_best
+        self.layout, self.keep = layout, keep
         self._in_background, self._background = in_background, Background(in_background)
         self._snapshot: Snapshot | None = None
         self._parameters = {name for name, _ in objective.model.named_parameters()}
@@ -188,8 +184,7 @@ class Saver:
     def _seal(self, writer: CheckpointWriter, facts: dict[str, Any]) -> None:
         assert self.last_step is not None
         path = writer.publish(int(writer.final.name.removeprefix("step_")), facts)
-        protected = protected_checkpoints(self.folder, self.keep_every, self.keep_best)
-        prune_checkpoints(self.folder, path, self.keep_last, protected)
+        self.keep.prune(self.folder, path)
 
     def discard(self, writer: CheckpointWriter) -> None:
         """Remove what was written, of a checkpoint that gets no name."""
@@ -203,6 +198,7 @@ class Saver:
     def finish(self) -> None:
         """Wait for what is written in the background; raises as `check` does."""
         self._background.finish()
+        self._snapshot = None  # whose copies have been written
 
     def _weights(self) -> dict[str, dict[str, Tensor]]:
         """Files of weights: what other libraries open, and what training goes on with."""

@@ -14,7 +14,8 @@ class Snapshot:
     """Tensors by file as they are now, copied to the CPU: some at once, most a little later.
 
     A forward and a backward pass leave weights and the optimizer's state as they are. So a thread
-    can copy those beside the next step, and only its update has to `wait`.
+    can copy those beside the next step, and only its update has to `wait`. (On a GPU the thread's
+    copies queue in the stream of the training: their order is right, but they do not overlap.)
 
     Args:
         sources: the tensors of the training, by file and name.

@@ -250,6 +250,18 @@ def test_a_run_that_an_older_version_wrote_is_continued(
     assert "already at step 2" in capsys.readouterr().out
 
 
+def test_a_repeated_start_has_its_own_settings_on_record(
+    shards: Path, finished: Path, tmp_path: Path
+) -> None:
+    """Of a run that failed before its first row, in whose folder it starts again."""
+    failed = tmp_path / "run"
+    failed.mkdir()
+    for name in ("config.yaml", "env.json", "train.log"):
+        shutil.copy(finished / name, failed / name)
+    train_contrastive.main(contrastive_arguments(shards, failed, "--seed=7"))
+    assert yaml.safe_load((failed / "config.yaml").read_text())["seed"] == 7
+
+
 def test_a_checkpoint_starts_another_run_directory(
     shards: Path, finished: Path, tmp_path: Path
 ) -> None:

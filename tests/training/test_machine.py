@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
 import sys
@@ -28,9 +29,14 @@ print(step())
 
 
 def pages_of_a_step(mode: str) -> int:
-    """Fresh pages that a repeated step of 120 MiB asks the system for."""
+    """Fresh pages that a repeated step of 120 MiB asks the system for.
+
+    glibc's first thresholds are held, which it would else raise to what the heap happens to be.
+    """
     command = [sys.executable, "-c", PASSES, mode]
-    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(2**17)}
+    result = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    return int(result.stdout)
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")

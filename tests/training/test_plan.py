@@ -12,6 +12,7 @@ from training.checkpoint import checkpoint_name as name_of
 from training.config import OptimizerConfig, ScheduleConfig, TrainConfig
 from training.pace import MEASURED, SETTLING, Pace
 from training.plan import UNKNOWN, check_settings, make_plan
+from training.progress import Progress
 
 
 @pytest.mark.parametrize(
@@ -70,14 +71,15 @@ def test_the_pace_is_that_of_steps_after_the_first_ones_without_pauses(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     clock = [0.0]
-    monkeypatch.setattr("training.pace.time.perf_counter", lambda: clock[0])
+    monkeypatch.setattr("time.perf_counter", lambda: clock[0])
     first = 7  # a run that was stopped before its pace was known goes on from here
-    pace = Pace(first)
+    progress = Progress(first, 100, False)
+    pace = Pace(first, progress)
     for step in range(first + 1, first + MEASURED + 1):
         clock[0] += 60 if step <= first + SETTLING else 2  # compiles, at first
         assert pace.is_known_after(step) == (step == first + MEASURED)
         if step == first + 10:
-            with pace.paused():
+            with progress.paused():
                 clock[0] += 500  # an evaluation
     assert pace.step_time() == 2
 
