@@ -36,6 +36,7 @@ import torch
 from benchmarks.routed_layers import RESULTS, machine
 from benchmarks.training_loops import LOG_EVERY, LOOPS, Precision, Setting, Turns, batches, build
 from training.config import TrainConfig
+from training.machine import keep_freed_memory
 from training.tracking import peak_tflops
 
 SETTINGS = (
@@ -73,6 +74,8 @@ def work(
 ) -> None:
     """One case, until its process is ended."""
     torch.set_num_threads(threads)
+    if device_name == "cpu":
+        keep_freed_memory()  # as the engine does; else luck of the allocator would be measured
     turns = Turns(pipe, batches(setting), torch.device(device_name), run_dir)
     LOOPS[loop](setting, turns, precision, compiled, **options)
 
@@ -156,14 +159,16 @@ def measure_saving(setting: Setting, run: Run, modes: dict[str, dict[str, Any]])
     (`added`), over a run that saves nothing; a writer in the background wants a core of its own."""
     cases = {mode: Case(setting, "engine", run, **options) for mode, options in modes.items()}
     found: dict[str, list[float]] = {f"{mode}_{kind}": [] for mode in modes for kind in KINDS}
-    for number in range(1 + run.rounds):
+    for case in cases.values():  # so that steps follow a save at once, beside its writing
+        case.steps(SAVE_EVERY - SAVED - 1)
+    for _ in range(run.rounds):
         plain = 0.0
         for mode, case in cases.items():
             walls = [wall_time(case) for _ in range(SAVE_EVERY)]
             if mode == "none":
                 plain = statistics.median(walls)
-            elif number > 0:  # the first round has no save behind it
-                found[f"{mode}_stall"].append(walls[-1] - plain)
+            else:
+                found[f"{mode}_stall"].append(walls[SAVED] - plain)
                 found[f"{mode}_added"].append(sum(walls) - SAVE_EVERY * plain)
     for case in cases.values():
         case.stop()
@@ -193,7 +198,7 @@ def show(row: dict[str, Any]) -> None:
     print("  " + "  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
 
 
-SAVE_EVERY, KINDS = 6, ("stall", "added")
+SAVE_EVERY, SAVED, KINDS = 8, 1, ("stall", "added")  # the second of every eight steps saves
 SAVING: dict[str, dict[str, Any]] = {
     "none": {},
     "synchronous": {"save_every": SAVE_EVERY},
