@@ -1,8 +1,12 @@
 """Image bytes to uint8 RGB tensors, fast and safely.
 
-JPEG in RGB and grey and opaque WebP are decoded by torchvision, a fifth to a third faster than by
-Pillow and to the same pixels; everything else (palettes, CMYK, several frames or pictures, 16 bits,
-alpha) by Pillow, whose conversions are the ones that open_clip and most others train with.
+JPEG in RGB and grey is decoded by simplejpeg, which is libjpeg-turbo with little around it, opaque
+WebP by torchvision: faster than by Pillow and to the same pixels. Everything else (palettes, CMYK,
+several frames or pictures, 16 bits, alpha) is left to Pillow, whose conversions are the ones that
+open_clip and most others train with.
+
+What libjpeg-turbo warns of (a marker out of place, bytes too many) is left to torchvision, which
+makes a picture of it where one can be made and refuses one that was cut.
 
 PNG stays with Pillow. In torchvision 0.29 one flipped bit in the compressed data of a PNG ends the
 process with a segmentation fault. Checksums alone would not help, for whoever makes a file can make
@@ -18,6 +22,7 @@ import warnings
 from typing import NamedTuple
 
 import numpy as np
+import simplejpeg
 import torch
 from PIL import Image
 from torch import Tensor
@@ -27,7 +32,8 @@ from torchvision.io import ImageReadMode
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "AVIF")
 # What torchvision's function of this name ends in, without a warning for each call.
 _decode_image = torch.ops.image.decode_image.default
-_TORCHVISION = {("JPEG", "RGB"), ("JPEG", "L"), ("WEBP", "RGB")}
+_NOT_PILLOWS = {("JPEG", "RGB"), ("JPEG", "L"), ("WEBP", "RGB")}
+_START_OF_JPEG = b"\xff\xd8"
 _START_OF_SCAN = b"\xff\xda"
 # Encoders write about ten. Each scan of a progressive JPEG may pass over the whole picture again,
 # so a file of a few hundred kilobytes could keep a decoder busy for minutes.
@@ -53,7 +59,7 @@ def _plain_jpeg(data: bytes | bytearray) -> _JpegHeader | None:
     Several pictures in one file (MPO), other encodings and anything that breaks the rules are left
     to Pillow.
     """
-    if data[:2] != b"\xff\xd8":
+    if data[:2] != _START_OF_JPEG:
         return None
     position, exif = 2, False
     while position + 10 <= len(data):
@@ -105,13 +111,13 @@ class Picture:
             self.height, self.width = self.width, self.height
 
     @property
-    def torchvision_decodes(self) -> bool:
-        """Whether torchvision gives the right pixels."""
+    def needs_pillow(self) -> bool:
+        """Whether Pillow alone gives the right pixels."""
         image = self._image
         if image is None:
-            return True
+            return False
         kind = (image.format, image.mode)
-        return kind in _TORCHVISION and not getattr(image, "is_animated", False)
+        return kind not in _NOT_PILLOWS or getattr(image, "is_animated", False)
 
     @property
     def plain_jpeg(self) -> bool:
@@ -121,18 +127,18 @@ class Picture:
     def decode(self, shrink: int = 1) -> Tensor:
         """uint8 (3, H, W), RGB, whose channels lie side by side in memory (H, W, 3).
 
-        `shrink` of 2, 4 or 8 lets a JPEG that torchvision could decode come out that many times
-        smaller, sides rounded up, by leaving out its high frequencies; other pictures, and those
-        smaller than that, come out whole.
+        `shrink` of 2, 4 or 8 lets a JPEG in grey or RGB come out that many times smaller, sides
+        rounded up, by leaving out its high frequencies; other pictures, those smaller than that,
+        and damaged ones come out whole.
 
         Raises:
             DecodeError: broken.
         """
         try:
-            if not self.torchvision_decodes:
+            if self.needs_pillow:
                 image = _from_pillow(self._image or _open(self._data))
-            elif shrink > 1:
-                image = self._decode_shrunk(shrink)
+            elif self._data[:2] == _START_OF_JPEG:
+                image = self._from_jpeg(shrink)
             else:
                 image = _from_torchvision(self._data)
         except DecodeError:
@@ -141,13 +147,19 @@ class Picture:
             raise DecodeError("broken image") from error
         return _turn(image, self._orientation) if self._orientation != 1 else image
 
-    def _decode_shrunk(self, shrink: int) -> Tensor:
-        image = self._image or _open(self._data)
-        # Pillow takes the largest factor that leaves at least this size, which is `shrink`.
-        size = (image.width // shrink, image.height // shrink)
-        if min(size) and image.format == "JPEG":
-            image.draft(image.mode, size)
-        return _from_pillow(image)
+    def _from_jpeg(self, shrink: int) -> Tensor:
+        height, width = self.height, self.width
+        if self._orientation >= 5:
+            height, width = width, height
+        least = (0, 0, 1)
+        if 1 < shrink <= min(height, width):
+            # The largest factor that leaves at least this size, which is `shrink`.
+            least = (-(-height // shrink), -(-width // shrink), shrink)
+        try:
+            pixels = simplejpeg.decode_jpeg(self._data, "RGB", False, False, *least)
+        except ValueError:  # a warning, too
+            return _from_torchvision(self._data)
+        return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
 def decode_rgb(

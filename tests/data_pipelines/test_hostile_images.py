@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import struct
 import subprocess
@@ -14,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import simplejpeg
 import torch
 from PIL import Image
 from torch import Tensor
@@ -121,6 +123,19 @@ def test_a_jpeg_cut_anywhere_is_told_or_whole(
             assert end >= len(data) - 2
             assert torch.equal(outcome, whole)
     assert refused > 300
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_a_jpeg_that_decoders_warn_of_is_decoded_as_pillow_does(
+    encode: Encode, scaled: bool
+) -> None:
+    data = encode(NOISE, "JPEG", quality=90)
+    odd = data[:-2] + bytes(100) + data[-2:]  # more bytes than the picture has
+    with pytest.raises(ValueError, match="extraneous"):
+        simplejpeg.decode_jpeg(odd)
+    assert torch.equal(Picture(odd).decode(2 if scaled else 1), Picture(data).decode())
+    theirs = torch.from_numpy(np.array(Image.open(io.BytesIO(odd)))).permute(2, 0, 1)
+    assert (Picture(odd).decode().int() - theirs.int()).abs().max() <= 4  # another version
 
 
 def test_many_scans_are_refused(encode: Encode) -> None:
