@@ -31,7 +31,8 @@ from open_clip.loss import ClipLoss, SigLipLoss
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.routed_layers import RESULTS, machine, peak_memory, used_memory
+from benchmarks.machine import RESULTS, machine
+from benchmarks.routed_layers import peak_memory, used_memory
 from contrastive.tiled_losses import TILE_ROWS, tiled_clip_loss, tiled_siglip_loss
 
 WIDTH = 512

@@ -31,7 +31,8 @@ from open_clip.loss import ClipLoss, SigLipLoss
 from torch import Tensor, distributed
 
 from benchmarks.contrastive_loss import WIDTH, leaves, step
-from benchmarks.routed_layers import RESULTS, machine, peak_memory, used_memory
+from benchmarks.machine import RESULTS, machine
+from benchmarks.routed_layers import peak_memory, used_memory
 from contrastive.gather import gather_rows, rank, world_size
 from contrastive.ring import ring_siglip_loss
 from contrastive.tiled_losses import tiled_clip_loss, tiled_siglip_loss

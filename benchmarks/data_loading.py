@@ -27,13 +27,12 @@ import argparse
 import io
 import itertools
 import json
-import os
-import platform
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +44,7 @@ from open_clip.transform import image_transform
 from PIL import Image
 from webdataset import TarWriter
 
+from benchmarks.machine import RESULTS, machine
 from data_pipelines.classification import classification_stream
 from data_pipelines.config import (
     AugmentationConfig,
@@ -61,7 +61,6 @@ from data_pipelines.transforms import eval_transform
 SIZE = 224
 CHUNK = 32  # pictures in a turn, and the streams' batch
 BARE = "bare training"
-RESULTS = Path(__file__).parent / "results"
 
 
 @dataclass(frozen=True)
@@ -238,24 +237,6 @@ def show(rows: list[dict[str, Any]]) -> None:
         print(line, flush=True)
 
 
-def machine() -> dict[str, Any]:
-    name = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        models = [line for line in cpuinfo.read_text().splitlines() if "model name" in line]
-        name = models[0].partition(":")[2].strip() if models else name
-    return {
-        "cpu": f"{name}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}",
-        "torch": torch.__version__,
-        "torchvision": torchvision.__version__,
-        "pillow": PIL.__version__,
-        "open_clip": open_clip.__version__,
-        "threads": 1,
-        "load_average": os.getloadavg(),
-        "date": time.strftime("%Y-%m-%d"),
-    }
-
-
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("photos", type=Path, help="folder of JPEG photographs")
@@ -269,7 +250,13 @@ def main(argv: list[str] | None = None) -> None:
         sets = photo_sets(options.photos, 16 if options.quick else None)
     except ValueError as error:
         parser.error(str(error))
-    report: dict[str, Any] = {"machine": machine(), "rounds": rounds, "sets": []}
+    versions = {
+        "torchvision": torchvision.__version__,
+        "pillow": PIL.__version__,
+        "simplejpeg": version("simplejpeg"),
+        "open_clip": open_clip.__version__,
+    }
+    report: dict[str, Any] = {"machine": machine() | versions, "rounds": rounds, "sets": []}
     for name, pictures in sets.items():
         pictures = list(
             itertools.islice(itertools.cycle(pictures), -(-len(pictures) // CHUNK) * CHUNK)

@@ -1,10 +1,10 @@
 """Retrieval figures of 5,000 pictures and 25,000 captions: ours and CLIP_benchmark's.
 
-python -m benchmarks.evaluation [--images 5000] [--captions 5] [--width 512] [--output FILE]
+python -m benchmarks.evaluation [--images 5000] [--captions 5] [--width 512] [--threads 1]
 
 Each runs in a process of its own; memory is that process's peak above what it had before, with the
-features in it. Needs `pip install --no-deps clip-benchmark`; `--only ours --images 100000` does
-not.
+features in it. Needs `make peers`; `--only ours --images 100000` does not. The result is kept in
+`benchmarks/results/evaluation_<pictures>_cpu.json`.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ import time
 from typing import Any
 
 import torch
+
+from benchmarks.machine import RESULTS, machine
 
 KS = (1, 5, 10)
 
@@ -42,7 +44,6 @@ def ours(image: torch.Tensor, text: torch.Tensor, owner: torch.Tensor) -> dict[s
 def clip_benchmark(
     image: torch.Tensor, text: torch.Tensor, owner: torch.Tensor
 ) -> dict[str, float]:
-    # Not a dependency of ours: pip install --no-deps clip-benchmark
     peer = importlib.import_module("clip_benchmark.metrics.zeroshot_retrieval")
     batchify, recall_at_k = peer.batchify, peer.recall_at_k
 
@@ -58,6 +59,7 @@ def clip_benchmark(
 
 
 def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
+    torch.set_num_threads(options.threads)
     function = {"ours": ours, "clip_benchmark": clip_benchmark}[name]
     function(*features(argparse.Namespace(**vars(options) | {"images": 20})))  # warms up
     given = features(options)
@@ -75,10 +77,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--captions", type=int, default=5)
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--only", choices=["ours", "clip_benchmark"])
-    parser.add_argument("--output")
+    parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args(argv)
     names = [options.only] if options.only else ["ours", "clip_benchmark"]
-    results: dict[str, Any] = {"threads": torch.get_num_threads(), **vars(options)}
+    results: dict[str, Any] = {"machine": machine("cpu", options.threads), **vars(options)}
     for name in names:
         with multiprocessing.get_context("spawn").Pool(1) as pool:
             results[name] = pool.apply(measure, (name, options))
@@ -90,9 +92,9 @@ def main(argv: list[str] | None = None) -> None:
         print(
             f"{'equal figures' if equal else 'FIGURES DIFFER'}; ours is {ratio:.1f} times as fast"
         )
-    if options.output:
-        with open(options.output, "w", encoding="utf-8") as file:
-            json.dump(results, file, indent=1)
+    path = RESULTS / f"evaluation_{options.images}_cpu.json"
+    path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    print(f"written to {path}")
 
 
 if __name__ == "__main__":

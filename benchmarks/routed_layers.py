@@ -23,7 +23,6 @@ import importlib
 import importlib.util
 import json
 import multiprocessing
-import os
 import platform
 import resource
 import statistics
@@ -31,7 +30,6 @@ import time
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
 import psutil
@@ -39,12 +37,12 @@ import torch
 from timm.layers import GELUTanh
 from torch import Tensor, nn
 
+from benchmarks.machine import RESULTS, machine
 from encoders.expert_products import batched_expert_mlp
 from encoders.experts import ExpertMLP
 from encoders.soft_moe import SoftMoE
 
 TOKENS = 196
-RESULTS = Path(__file__).parent / "results"
 PASSES = ("forward", "training")
 
 
@@ -249,22 +247,6 @@ def show(rows: list[dict[str, Any]]) -> None:
             line += "   " + " / ".join(f"{ratio:.2f}" for ratio in ratios)
             line += f" of {row['against']}"
         print(line, flush=True)
-
-
-def machine(device: str, threads: int) -> dict[str, Any]:
-    name = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        models = [line for line in cpuinfo.read_text().splitlines() if "model name" in line]
-        name = models[0].partition(":")[2].strip() if models else name
-    return {
-        "cpu": f"{name}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}",
-        "gpu": torch.cuda.get_device_name() if device == "cuda" else None,
-        "torch": torch.__version__,
-        "threads": threads,
-        "load_average": os.getloadavg(),
-        "date": time.strftime("%Y-%m-%d"),
-    }
 
 
 def main() -> None:

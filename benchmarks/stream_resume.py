@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -21,6 +20,8 @@ import tempfile
 import time
 from pathlib import Path
 from typing import Any
+
+from benchmarks.machine import machine
 
 BATCH = 64
 PER_SHARD = 1000
@@ -134,7 +135,7 @@ def run(samples: int, repeats: int, folder: Path) -> dict[str, Any]:
         "samples": samples,
         "batch": BATCH,
         "repeats": repeats,
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, one thread",
+        "machine": machine(),
         "figures": figures,
         "ratio to webdataset at 90 %": round(
             figures["webdataset, start at 90 %"]["seconds"] / figures["start at 90 %"]["seconds"], 1

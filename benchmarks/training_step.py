@@ -33,7 +33,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.routed_layers import RESULTS, machine
+from benchmarks.machine import RESULTS, machine
 from benchmarks.training_loops import LOG_EVERY, LOOPS, Precision, Setting, Turns, batches, build
 from training.config import TrainConfig
 from training.machine import keep_freed_memory
