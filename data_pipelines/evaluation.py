@@ -18,7 +18,6 @@ from torch.utils.data import DataLoader, Dataset
 from data_pipelines.captions import integer_of, member_of, members_of, read_captions, read_field
 from data_pipelines.decode import DecodeError, decode_rgb
 from data_pipelines.loaders import iterate
-from data_pipelines.shard_reader import PREFETCHED
 from data_pipelines.shards import (
     FieldError,
     ShardError,
@@ -135,11 +134,7 @@ class EvaluationSet(SampleSet):
 
     def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
         """The samples of a batch; their bytes are fetched for a few at a time."""
-        samples: list[dict[str, Any]] = []
-        for start in range(0, len(indices), PREFETCHED):
-            self.reader.prefetch(indices[start : start + PREFETCHED])
-            samples += map(self.__getitem__, indices[start : start + PREFETCHED])
-        return samples
+        return [self[number] for number in self.reader.ahead(indices)]
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         fields: dict[str, Any] = {"number": index, "key": str(self.index.keys[index])}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
@@ -72,7 +72,7 @@ class ShardReader:
         self._own()
         fetched = self._fetched.get(sample, self._alone.get(sample))
         shard = self.index.shard_number(sample)
-        if fetched is None and is_remote(self.index.paths[shard]):
+        if fetched is None and ext in self.members and is_remote(self.index.paths[shard]):
             fetched = self._fetch(sample, shard)
             self._alone = {sample: fetched}
         if isinstance(fetched, ReadError):
@@ -107,6 +107,12 @@ class ShardReader:
             with ThreadPoolExecutor(len(remote)) as pool:
                 for sample, data in pool.map(lambda at: (at[0], self._fetch(*at)), remote):
                     self._fetched[sample] = data
+
+    def ahead(self, samples: Sequence[int]) -> Iterator[int]:
+        """The samples in their order, each after it was fetched together with a few others."""
+        for start in range(0, len(samples), PREFETCHED):
+            self.prefetch(samples[start : start + PREFETCHED])
+            yield from samples[start : start + PREFETCHED]
 
     def shard_of(self, sample: int) -> str:
         """Path of the shard that holds sample number `sample`."""

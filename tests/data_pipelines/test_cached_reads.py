@@ -92,4 +92,7 @@ def test_none_is_all_members_and_an_empty_list_none(server: ShardServer, url: st
         reader, before = ShardReader(index, members), server.sent["0.tar"]
         reader.prefetch([0, 1])
         assert (server.sent["0.tar"] > before) is fetched
-        assert reader.read(1, "txt") == b"caption 1"  # what was not announced can be read as well
+        assert reader.read(1, "txt") == b"caption 1"
+    sent = server.sent["0.tar"]
+    assert ShardReader(index, ["png"]).read(2, "txt") == b"caption 2"  # not announced: it alone
+    assert server.sent["0.tar"] - sent == len(b"caption 2")
