@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -31,11 +31,10 @@ from data_pipelines.training_pictures import read_picture
 from data_pipelines.transforms import eval_transform
 
 
-class SampleSet(Dataset[dict[str, Any]]):
+class SampleSet(Dataset[dict[str, Any]], ABC):
     """Numbered samples {image, sha256, number, key, captions, label, labels}, wherever they lie.
 
-    `sha256` is of the picture's encoded bytes. Subclasses give `__len__`, `__getitem__`,
-    `fingerprint` and `version`.
+    `sha256` is of the picture's encoded bytes.
     """
 
     transform: Callable[[Tensor], Tensor]
@@ -44,6 +43,10 @@ class SampleSet(Dataset[dict[str, Any]]):
 
     @abstractmethod
     def __len__(self) -> int: ...
+
+    @abstractmethod
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """One sample, or {number, skipped: the reason}."""
 
     @abstractmethod
     def fingerprint(self) -> str:

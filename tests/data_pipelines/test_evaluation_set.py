@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from data_pipelines.decode import decode_rgb
-from data_pipelines.evaluation import EvaluationSet
+from data_pipelines.evaluation import EvaluationSet, SampleSet
 from data_pipelines.shards import ShardError
 from data_pipelines.transforms import eval_transform
 
@@ -50,6 +50,15 @@ def test_samples_come_in_shard_order(
         dataset.pictures([3, 19]),
         torch.stack([eval_transform(8)(decode_rgb(picture(n))) for n in (3, 19)]),
     )
+
+
+def test_a_set_that_lacks_something_cannot_be_made() -> None:
+    class Half(SampleSet):
+        def __len__(self) -> int:
+            return 0
+
+    with pytest.raises(TypeError, match="__getitem__.*fingerprint.*version"):
+        Half()
 
 
 def test_pictures_alone(open_set: Callable[..., EvaluationSet]) -> None:
