@@ -8,6 +8,7 @@ import shutil
 import signal
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -50,8 +51,8 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_a_loader_that_dies_is_one_error(folder: Path) -> None:
-    found = open_set(folder)
-    found.transform = lambda _: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[assignment]
+    found: Any = open_set(folder)
+    found.transform = lambda _: os.kill(os.getpid(), signal.SIGKILL)
     with pytest.raises(LoaderError, match=r"^a loader process has died \(pid \d+\): it was killed"):
         list(found.batches(2, workers=1))
 

@@ -76,7 +76,8 @@ def test_a_loader_that_dies_before_it_has_begun_is_named(tmp_path: Path) -> None
             (tmp_path / "pid").write_text(str(os.getpid()))
             os.kill(os.getpid(), signal.SIGKILL)
 
-    loader = DataLoader(range(9), num_workers=3, worker_init_fn=die)  # type: ignore[arg-type]
+    samples: Any = range(9)
+    loader = DataLoader(samples, num_workers=3, worker_init_fn=die)
     with pytest.raises(LoaderError) as caught:
         deque(iterate(loader, lambda pid: None, "; begin again"), 0)
     pid = (tmp_path / "pid").read_text()
