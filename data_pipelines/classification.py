@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +21,8 @@ from data_pipelines.shard_reader import Bytes, ShardReader
 from data_pipelines.shards import FieldError, ShardError, open_shards
 from data_pipelines.stream import SkipSample, Stream
 from data_pipelines.training_pictures import TrainingPictures, read_picture
+
+LONGEST_SHOWN = 60  # letters of a label in a message
 
 
 def read_lines(path: str | Path) -> list[str]:
@@ -61,25 +65,79 @@ class ClassNumbers:
         self.labels = labels
 
     def __call__(self, value: object) -> object:
-        """A label, or a list of labels, with numbers in the place of the names that have one."""
-        if self.labels == "indices" and isinstance(value, list):
-            return [self._number(entry) for entry in value]
-        return self._number(value) if self.labels == "single" else value
+        """What is stored as a sample's label, with numbers in the place of names that have one."""
+        if self.labels == "indices" and isinstance(value, list | str):
+            return self.several(value)
+        return self.number(value) if self.labels == "single" else value
 
     def unknown(self, value: object) -> list[str]:
-        """Names in a label, or list of labels, that have no number."""
-        if self.labels == "indices" and isinstance(value, list):
-            return [entry for entry in map(self._number, value) if isinstance(entry, str)]
-        found = self(value) if self.labels == "single" else None
-        return [found] if isinstance(found, str) else []
+        """Names in what is stored as a sample's label that have no number."""
+        if self.labels == "vector":
+            return []
+        found = self(value)
+        entries = found if self.labels == "indices" and isinstance(found, list) else [found]
+        return [entry for entry in entries if isinstance(entry, str)]
 
-    def _number(self, value: object) -> object:
-        if not isinstance(value, str):
-            return value
+    def number(self, label: object) -> object:
+        """One label: a number in the place of a text, if there is one."""
+        if not isinstance(label, str):
+            return label
         try:
-            return int(value)
+            return int(label)
         except ValueError:
-            return self.numbers.get(value.strip(), value)
+            return self.numbers.get(label.strip(), label)
+
+    def several(self, labels: list[Any] | str) -> list[object]:
+        """Labels in a list, or in a text: as JSON, or with commas, lines or spaces in between (not
+        spaces, where names have them)."""
+        return list(map(self.number, self._split(labels) if isinstance(labels, str) else labels))
+
+    def required(self, value: object, several: bool, where: str) -> list[int]:
+        """The numbers in what is stored as a sample's label: one, unless there may be `several`.
+
+        Raises:
+            ShardError: one is neither a number nor a name that has one, or there is a list in the
+                place of one; `where` begins the message.
+        """
+        if isinstance(value, list) and not several:
+            raise ShardError(f"{where} {_shown(value)}, a list: set label_kind to any or multi")
+        found = [value]
+        if several:
+            found = self.several(value if isinstance(value, list | str) else [value])
+            found = [entry for entry in found if not isinstance(entry, str) or entry.strip()]
+        numbers: list[int] = []
+        for entry in map(self.number, found):
+            if not isinstance(entry, int):
+                raise ShardError(
+                    f"{where} {_shown(entry)}, which is neither a number nor one of"
+                    " classnames: name the classes as the labels do, each once"
+                )
+            numbers.append(int(entry))
+        return numbers
+
+    def _split(self, text: str) -> list[Any]:
+        text = text.strip()
+        if text.startswith("[") and text.endswith("]"):
+            try:
+                return json.loads(text)
+            except (ValueError, RecursionError):
+                text = text[1:-1]
+        if isinstance(self.number(text), int):  # also of a name with commas
+            return [text]
+        found = list[str]()
+        for part in filter(None, map(str.strip, re.split(r"[,\n]", text))):
+            words = part.split()
+            known = isinstance(self.number(part), int)
+            # An unknown part is told as a whole.
+            split = not known and all(isinstance(self.number(word), int) for word in words)
+            found += words if split else [part]
+        return found
+
+
+def _shown(label: object) -> str:
+    """A label for a message, which is of one line."""
+    text = repr(label)
+    return text if len(text) <= LONGEST_SHOWN else text[:LONGEST_SHOWN] + "…"
 
 
 def class_numbers(config: ClassificationConfig) -> ClassNumbers:

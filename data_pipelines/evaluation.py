@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from data_pipelines.captions import integer_of, member_of, members_of, read_captions, read_field
+from data_pipelines.captions import member_of, members_of, read_captions, read_field
+from data_pipelines.classification import ClassNumbers
 from data_pipelines.decode import DecodeError, decode_rgb
 from data_pipelines.loaders import iterate
-from data_pipelines.shard_reader import PREFETCHED
 from data_pipelines.shards import (
     FieldError,
     ShardError,
@@ -26,25 +26,26 @@ from data_pipelines.shards import (
     expand_shards,
     index_shards,
 )
-from data_pipelines.sources import content_of
+from data_pipelines.sources import content_of, is_remote
 from data_pipelines.stream import SkipSample, collate, without_stack
 from data_pipelines.training_pictures import read_picture
 from data_pipelines.transforms import eval_transform
 
 
-class SampleSet(Dataset[dict[str, Any]]):
+class SampleSet(Dataset[dict[str, Any]], ABC):
     """Numbered samples {image, sha256, number, key, captions, label, labels}, wherever they lie.
 
-    `sha256` is of the picture's encoded bytes. Subclasses give `__len__`, `__getitem__`,
-    `fingerprint` and `version`.
+    `sha256` is of the picture's encoded bytes.
     """
 
     transform: Callable[[Tensor], Tensor]
-    exif_orientation = False
-    """Turn photographs upright as their EXIF data say."""
 
     @abstractmethod
     def __len__(self) -> int: ...
+
+    @abstractmethod
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """One sample, or {number, skipped: the reason}."""
 
     @abstractmethod
     def fingerprint(self) -> str:
@@ -91,7 +92,8 @@ class EvaluationSet(SampleSet):
 
     `captions` is a list of strings (empty without `caption_key`), `label` an int (-1 without
     `label_key`); with `several`, `labels` is the list of all its labels, which the member lists
-    with spaces or commas in between or as JSON. A sample that cannot be used comes as
+    with spaces or commas in between or as JSON. Labels that are names are looked up in
+    `classnames`, of which there are then `num_classes`. A sample that cannot be used comes as
     {number, skipped: the reason}.
 
     Raises:
@@ -108,12 +110,14 @@ class EvaluationSet(SampleSet):
         caption_key: str | None = None,
         label_key: str | None = None,
         num_classes: int = 0,
+        classnames: Sequence[str] = (),
         resize_mode: str = "squash",
         interpolation: str = "bicubic",
         max_pixels: int = 64_000_000,
         several: bool = False,
         exif_orientation: bool = False,
     ) -> None:
+        num_classes = num_classes or len(classnames)
         if label_key is not None and num_classes < 1:
             raise ValueError(f"label_key '{label_key}' needs num_classes of at least 1")
         self.index = index_shards(expand_shards(shards))
@@ -128,18 +132,20 @@ class EvaluationSet(SampleSet):
         self.image_keys, self.caption_key, self.label_key = image_keys, caption_key, label_key
         self.num_classes, self.max_pixels, self.several = num_classes, max_pixels, several
         self.exif_orientation = exif_orientation
+        self.class_numbers, self._labels_hash = ClassNumbers(classnames), ""
         self.transform = eval_transform(image_size, resize_mode, interpolation)
+
+    @property
+    def remote(self) -> bool:
+        """Whether it takes requests to a store to read all labels."""
+        return any(map(is_remote, self.index.paths))
 
     def __len__(self) -> int:
         return len(self.index)
 
     def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
         """The samples of a batch; their bytes are fetched for a few at a time."""
-        samples: list[dict[str, Any]] = []
-        for start in range(0, len(indices), PREFETCHED):
-            self.reader.prefetch(indices[start : start + PREFETCHED])
-            samples += map(self.__getitem__, indices[start : start + PREFETCHED])
-        return samples
+        return [self[number] for number in self.reader.ahead(indices)]
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         fields: dict[str, Any] = {"number": index, "key": str(self.index.keys[index])}
@@ -148,10 +154,9 @@ class EvaluationSet(SampleSet):
             if self.caption_key is not None:
                 fields["captions"] = read_captions(self.reader, index, self.caption_key)
             fields["label"] = -1
-            if self.label_key is not None and self.several:
-                fields["labels"] = self._labels(index, self.label_key)
-            elif self.label_key is not None:
-                fields["label"] = self._label(index, self.label_key)
+            if self.label_key is not None:
+                labels = self._labels(index, self.label_key)
+                fields |= {"labels": labels} if self.several else {"label": labels[0]}
             data = read_picture(self.reader, index, self.image_keys)
             image = decode_rgb(data, self.max_pixels, self.exif_orientation)
         except (DecodeError, FieldError, SkipSample) as error:
@@ -163,46 +168,55 @@ class EvaluationSet(SampleSet):
         return self.index.fingerprint()
 
     def version(self) -> str:
-        """Of local shards the content counts, of remote ones what their store calls the version."""
-        options = [
+        """Of local shards the content counts, of remote ones what their store calls the version;
+        class names count where labels are looked up among them."""
+        options: list[Any] = [
             self.image_keys, self.caption_key, self.label_key, self.several, self.num_classes,
             self.max_pixels, self.exif_orientation,
         ]  # fmt: skip
         versions = [content_of(path, self.index.reading) for path in self.index.paths]
         if not all(versions):
             return ""
-        text = json.dumps([options, self.fingerprint(), versions])
+        labels = self.class_numbers.numbers if self.remote else self.check_labels()
+        text = json.dumps([options, self.fingerprint(), versions, labels])
         return hashlib.sha256(text.encode()).hexdigest()
 
-    def check_labels(self) -> None:
-        """Read all labels; those that cannot be read are left to be skipped.
+    def check_labels(self) -> str:
+        """Read all labels, and hash them; those that cannot be read are left to be skipped.
 
         Raises:
-            ShardError: one is out of range.
+            ShardError: one is out of range, or a name of no class.
         """
-        if self.label_key is None:
-            return
-        read = self._labels if self.several else self._label
-        for index in range(len(self)):
-            with suppress(FieldError):
-                read(index, self.label_key)
+        if self.label_key is not None and not self._labels_hash:
+            digest = hashlib.sha256()
+            for index in range(len(self)):
+                with suppress(FieldError):
+                    digest.update(f"{index} {self._labels(index, self.label_key)}\n".encode())
+            self._labels_hash = digest.hexdigest()
+        return self._labels_hash
 
     def _labels(self, index: int, label_key: str) -> list[int]:
+        """All labels of a sample: one, unless there may be `several`.
+
+        Raises:
+            FieldError: they cannot be read.
+            ShardError: one is out of range, or a name of no class: to leave such samples out would
+                flatter the figures.
+        """
         value = read_field(self.reader, index, label_key)
-        entries = value if isinstance(value, list) else re.split(r"[\s,\[\]]+", str(value))
-        return [self._checked(index, integer_of(e)) for e in entries if str(e).strip()]
-
-    def _label(self, index: int, label_key: str) -> int:
-        return self._checked(index, integer_of(read_field(self.reader, index, label_key)))
-
-    def _checked(self, index: int, label: int) -> int:
-        if not 0 <= label < self.num_classes:  # leaving samples out would flatter the figures
-            raise ShardError(
-                f"sample '{self.index.keys[index]}' of '{self.reader.shard_of(index)}' has label"
-                f" {label}, but there are {self.num_classes} classes: wrong classnames file or"
-                " label_key?"
-            )
-        return label
+        if isinstance(value, np.ndarray):
+            value = value.item() if value.size == 1 else value.reshape(-1).tolist()
+        where = f"sample '{self.index.keys[index]}' of '{self.reader.shard_of(index)}' has label"
+        if not self.several and isinstance(value, str) and not value.strip():
+            raise FieldError("no label")
+        labels = self.class_numbers.required(value, self.several, where)
+        for label in labels:
+            if not 0 <= label < self.num_classes:
+                raise ShardError(
+                    f"{where} {label}, but there are {self.num_classes} classes: wrong classnames"
+                    " file or label_key?"
+                )
+        return labels
 
 
 def _collate_usable(samples: list[dict[str, Any]]) -> dict[str, Any]:

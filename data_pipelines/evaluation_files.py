@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,15 @@ from torch import Tensor
 from data_pipelines.classification import ClassNumbers
 from data_pipelines.decode import DecodeError, decode_rgb
 from data_pipelines.evaluation import SampleSet
+from data_pipelines.image_folder import ImageFolder
 from data_pipelines.shards import ShardError
-
-PICTURES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif"}
+from data_pipelines.stream import SkipSample
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One sample: its name, how to read its bytes, its captions and its labels, if it has any."""
+    """One sample: its name, how to read its bytes (SkipSample where they cannot be), its captions
+    and its labels, if it has any."""
 
     key: str
     read: Callable[[], bytes]
@@ -43,10 +45,12 @@ class EntrySet(SampleSet):
         entries: Sequence[Entry],
         transform: Callable[[Tensor], Tensor],
         classnames: list[str] | None = None,
+        exif_orientation: bool = False,
     ) -> None:
         if not entries:
             raise ShardError(f"'{source}' is an empty split: there is nothing to evaluate")
         self.entries, self.transform = entries, transform
+        self.exif_orientation = exif_orientation
         self.classnames = classnames or []
         self._content = ""
 
@@ -59,7 +63,11 @@ class EntrySet(SampleSet):
             digest = hashlib.sha256()
             for entry in self.entries:
                 line = json.dumps([entry.key, entry.captions, entry.labels])
-                digest.update(line.encode() + hashlib.sha256(entry.read()).digest())
+                try:
+                    data = entry.read()
+                except SkipSample as reason:
+                    data = str(reason).encode()
+                digest.update(line.encode() + hashlib.sha256(data).digest())
             self._content = digest.hexdigest()[:16]
         return self._content
 
@@ -68,10 +76,10 @@ class EntrySet(SampleSet):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         entry = self.entries[index]
-        data = entry.read()
         try:
+            data = entry.read()
             image = decode_rgb(data, exif_orientation=self.exif_orientation)
-        except DecodeError as error:
+        except (DecodeError, SkipSample) as error:
             return {"number": index, "skipped": str(error)}
         return {
             "number": index, "key": entry.key, "captions": entry.captions, "labels": entry.labels,
@@ -80,37 +88,43 @@ class EntrySet(SampleSet):
 
 
 def image_folder(
-    path: str, transform: Callable[[Tensor], Tensor], classes: list[str] | None = None
+    path: str,
+    transform: Callable[[Tensor], Tensor],
+    folders: list[str] | None = None,
+    classnames: Sequence[str] = (),
+    exif_orientation: bool = False,
 ) -> EntrySet:
-    """Pictures in one subfolder per class.
+    """Pictures in one subfolder per class; see `ImageFolder`.
+
+    Where each folder is called as one of `classnames`, or has the number of one, these are the
+    classes, in their order; else the folders are, in the order of their names.
 
     Args:
-        classes: names of the subfolders in label order; those that `path` has, sorted, by default.
+        folders: names of the subfolders that there may be; those that `path` has by default.
 
     Raises:
-        ShardError: no subfolder, one that is not among `classes`, or no pictures.
+        ShardError: as `ImageFolder` does.
     """
-    found = subfolders(path)
-    if not found:
-        raise ShardError(f"'{path}' is no image folder: it needs one subfolder for each class")
-    classes = classes or found
-    unknown = [name for name in found if name not in classes]
-    if unknown:
-        raise ShardError(f"'{path}/{unknown[0]}' is none of the classes {', '.join(classes)}")
+    found = ImageFolder(path, folders)
+    labels, names = _folder_labels(found.classes or [], classnames)
     entries = [
-        Entry(str(file.relative_to(path)), file.read_bytes, labels=[classes.index(folder)])
-        for folder in found
-        for file in sorted((Path(path) / folder).rglob("*"))
-        if file.suffix.lower() in PICTURES
+        Entry(found.key(n), partial(found.picture, n), labels=[labels[found.label(n)]])
+        for n in range(len(found))
     ]
-    return EntrySet(path, entries, transform, [name.replace("_", " ") for name in classes])
+    return EntrySet(path, entries, transform, names, exif_orientation)
 
 
-def subfolders(path: str | Path) -> list[str]:
-    """Names of the folders in a folder, sorted; none where there is no folder."""
-    if not Path(path).is_dir():
-        return []
-    return sorted(p.name for p in Path(path).iterdir() if p.is_dir() and p.name[0] != ".")
+def _folder_labels(
+    folders: Sequence[str], classnames: Sequence[str]
+) -> tuple[Sequence[int], list[str]]:
+    """The label of each class folder, and the names in the order of the labels."""
+    numbers = ClassNumbers(classnames)
+    spaced = [folder.replace("_", " ") for folder in folders]
+    for names in (folders, spaced):
+        labels = [n for n in map(numbers.number, names) if isinstance(n, int)]
+        if len(labels) == len({*labels}) == len(folders) and {*labels} <= {*range(len(classnames))}:
+            return labels, list(classnames)
+    return range(len(folders)), spaced
 
 
 def hugging_face_set(
@@ -121,6 +135,7 @@ def hugging_face_set(
     caption_key: str | None = None,
     classnames: Sequence[str] = (),
     several: bool = False,
+    exif_orientation: bool = False,
 ) -> EntrySet:
     """A dataset saved by `datasets` (`save_to_disk`), or a folder or name that it loads.
 
@@ -166,29 +181,21 @@ def hugging_face_set(
         row = table[number] if len(table.column_names) else {}
         found = row[caption_key] if caption_key else []
         captions = [found] if isinstance(found, str) else list(found)
-        where = f"'{path}', {split}, row {number}, column '{label_key}'"
-        labels = _labels(row[label_key], numbers, where, several) if label_key else []
+        where = f"'{path}', {split}, row {number}, column '{label_key}' holds"
+        labels = numbers.required(row[label_key], several, where) if label_key else []
+        labels = [label for label in labels if label >= 0]  # -1 stands for no label
         entries.append(Entry(str(number), reader(number), captions, labels))
     column = columns.get(label_key) if label_key else None
     names = getattr(getattr(column, "feature", column), "names", None)  # of a list: its entries'
-    return EntrySet(f"{path}, {split}", entries, transform, names)
-
-
-def _labels(value: Any, numbers: ClassNumbers, where: str, several: bool) -> list[int]:
-    if isinstance(value, list) and not several:
-        raise ShardError(f"{where} holds a list: set label_kind to any or multi")
-    values = [numbers(entry) for entry in (value if isinstance(value, list) else [value])]
-    found = [entry for entry in values if isinstance(entry, int)]
-    if len(found) < len(values):
-        raise ShardError(
-            f"{where} holds {value!r}, which is neither a number nor one of classnames: name the"
-            " classes, or make it a ClassLabel column"
-        )
-    return [entry for entry in found if entry >= 0]  # -1 stands for no label
+    return EntrySet(f"{path}, {split}", entries, transform, names, exif_orientation)
 
 
 def karpathy_split(
-    captions: str, images: str, split: str, transform: Callable[[Tensor], Tensor]
+    captions: str,
+    images: str,
+    split: str,
+    transform: Callable[[Tensor], Tensor],
+    exif_orientation: bool = False,
 ) -> EntrySet:
     """Pictures and captions of a split in a `dataset_coco.json` or `dataset_flickr30k.json` file.
 
@@ -222,7 +229,7 @@ def karpathy_split(
             f"'{captions}' names {len(missing)} images that '{images}' does not have, the first is"
             f" '{missing[0]}': point to the folder of the pictures"
         )
-    return EntrySet(f"{captions}, {split}", entries, transform)
+    return EntrySet(f"{captions}, {split}", entries, transform, exif_orientation=exif_orientation)
 
 
 def label_tensor(sets: Sequence[Sequence[int]]) -> Tensor:

@@ -21,7 +21,8 @@ class ImageFolder:
     folders and files of other types are passed over.
 
     Raises:
-        ShardError: no such folder, no picture in it, or folders that are not those of `classes`.
+        ShardError: no such folder, no class folder or picture in it, or folders that are not those
+            of `classes`.
     """
 
     truncated: tuple[str, ...] = ()
@@ -29,16 +30,15 @@ class ImageFolder:
     def __init__(self, root: str, classes: list[str] | None = None) -> None:
         self.root = Path(root)
         if not self.root.is_dir():
-            raise ShardError(f"data.folder '{root}' is not a folder")
-        with os.scandir(self.root) as entries:
-            found = sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
+            raise ShardError(f"image folder '{root}' is not a folder")
+        found = class_folders(root)
         names = found if classes is None else classes
         self.classes: list[str] | None = names
         unknown = sorted(set(found) - set(names))
         if unknown:
             raise ShardError(
-                f"data.folder '{root}' has the folder '{unknown[0]}', which data.classnames does"
-                " not name: add it, or move it away"
+                f"image folder '{root}' has the folder '{unknown[0]}', which is none of the"
+                " classes: add it to the class names, or move it away"
             )
         paths: list[str] = []
         labels: list[int] = []
@@ -51,7 +51,7 @@ class ImageFolder:
                 labels.append(label)
         if not paths:
             raise ShardError(
-                f"data.folder '{root}' holds no pictures in class folders: expected"
+                f"image folder '{root}' holds no pictures in class folders: expected"
                 " <folder>/<class>/<picture>.jpg"
             )
         # Arrays, because a Python object for each file of a large set would fill the memory.
@@ -86,6 +86,14 @@ class ImageFolder:
     def picture(self, sample: int) -> bytes:
         """The encoded picture, or SkipSample."""
         return read_file(self.root / self.key(sample))
+
+
+def class_folders(root: str | Path) -> list[str]:
+    """Names of the folders in a folder, sorted, without hidden ones; none where there is none."""
+    if not os.path.isdir(root):
+        return []
+    with os.scandir(root) as entries:
+        return sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
 
 
 def _pictures(folder: Path) -> list[Path]:

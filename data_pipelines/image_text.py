@@ -87,14 +87,6 @@ class ImageTextLoader:
         except FieldError as error:
             raise SkipSample(str(error)) from error
 
-    def picture(self, sample: int) -> Tensor:
-        """The transformed picture, uint8 (3, S, S), or SkipSample."""
-        return self.decoded(read_picture(self.reader, sample, self.config.image_keys))
-
-    def captions(self, sample: int) -> list[str]:
-        """All captions, or FieldError."""
-        return read_captions(self.reader, sample, self.config.caption_key)
-
     def _image(self, sample: int) -> dict[str, Any]:
         if "image" not in self.cached:
             data = read_picture(self.reader, sample, self.config.image_keys)
@@ -111,7 +103,7 @@ class ImageTextLoader:
     def _draw_caption(self, sample: int) -> str:
         weights, key = self.config.caption_weights, self.config.caption_key
         if not weights:
-            return draw_caption(self.captions(sample))
+            return draw_caption(read_captions(self.reader, sample, key))
         return draw_weighted(captions_by_field(self.reader, sample, key), weights)
 
     def _tokenize(self, caption: str) -> Tensor:

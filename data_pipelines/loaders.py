@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from typing import Any
 
 from torch.utils.data import DataLoader
 
 from data_pipelines.errors import LoaderError
-from data_pipelines.waiting import dead_processes
+
+# A loader that dies loses its connections before it has ended.
+ENDING_SECONDS = 5.0
 
 
 def iterate(
@@ -30,20 +32,21 @@ def iterate(
     Raises:
         LoaderError: a loader process has died.
     """
-    # Told by the parent, for a loader may die before it has said anything.
-    others = multiprocessing.active_children()
     loading = _start(loader)
-    processes = [child for child in multiprocessing.active_children() if child not in others]
+    # Told by the loader, for a process may die before it has said anything.
+    processes: list[BaseProcess] = getattr(loading, "_workers", [])
     try:
         yield from loading
+        return
     except (RuntimeError, ConnectionError, EOFError) as error:
         known = str(error).startswith("DataLoader worker (pid")
         if not loader.num_workers or (isinstance(error, RuntimeError) and not known):
             raise
-        error.__traceback__ = None  # it would keep the other loader processes alive
-        ids = dead_processes(processes)
-        dead = [process for process in processes if process.pid in ids]
-        raise LoaderError("; ".join(_deaths(dead, at)) + advice) from None
+    # Not in the clause above: with torch's error, or the loader, whoever keeps ours would keep the
+    # other processes alive.
+    deaths = _deaths(_dead(processes), at)
+    del loading
+    raise LoaderError("; ".join(deaths) + advice)
 
 
 def _start(loader: DataLoader[Any]) -> Iterator[Any]:
@@ -59,6 +62,15 @@ def _start(loader: DataLoader[Any]) -> Iterator[Any]:
     if replaced and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGCHLD, signal.SIG_DFL if before is None else before)
     return loading
+
+
+def _dead(processes: Sequence[BaseProcess]) -> list[BaseProcess]:
+    """Those that have ended, or are the first to end within a few seconds."""
+    ended = wait([process.sentinel for process in processes], ENDING_SECONDS)
+    dead = [process for process in processes if process.sentinel in ended]
+    for process in dead:
+        process.join()
+    return dead
 
 
 def _deaths(dead: list[BaseProcess], at: Callable[[int], str | None]) -> list[str]:

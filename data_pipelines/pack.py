@@ -210,7 +210,10 @@ class _Packer:
         return None if place is None else f"'{self.source.name(int(self.order[place]))}'"
 
     def _read_chunk(self, places: range) -> list[Place]:
-        return [self._read(place) for place in places]
+        try:
+            return [self._read(place) for place in places]
+        finally:
+            self.board.rest()
 
     def _read(self, place: int) -> Place:
         self.board.start(place)

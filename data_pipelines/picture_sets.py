@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from data_pipelines.captions import MAX_BYTES, captions_of, members_of, read_captions
 from data_pipelines.decode import DecodeError, decode_rgb
+from data_pipelines.loaders import iterate
 from data_pipelines.pictures import SUFFIXES
 from data_pipelines.shards import (
     MAX_MEMBER_BYTES,
@@ -72,6 +73,9 @@ class PictureSet(Dataset[dict[str, Any]], ABC):
         """All pictures in order: images (B, 3, S, S), their numbers, and reasons of skipped ones.
 
         A batch without a usable picture has (0, 3, S, S).
+
+        Raises:
+            LoaderError: a loader process has died.
         """
         loader = DataLoader(
             self,
@@ -80,7 +84,7 @@ class PictureSet(Dataset[dict[str, Any]], ABC):
             collate_fn=_collate,
             generator=torch.Generator(),
         )
-        yield from loader
+        return iterate(loader)
 
 
 def _collate(samples: list[dict[str, Any]]) -> tuple[Tensor, list[int], Counter[str]]:
@@ -133,12 +137,16 @@ class ShardPictures(PictureSet):
     ) -> None:
         super().__init__(transform, max_pixels)
         index.require("picture", image_keys)
-        self.reader, self.image_keys = ShardReader(index), image_keys
+        self.reader, self.image_keys = ShardReader(index, image_keys), image_keys
         members = [] if caption_key is None else members_of(caption_key)
         self.caption_key = caption_key if set(members) & set(index.members) else None
 
     def __len__(self) -> int:
         return len(self.reader.index)
+
+    def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
+        """The samples of a batch; their bytes are fetched for a few at a time."""
+        return [self[number] for number in self.reader.ahead(indices)]
 
     def read(self, number: int) -> bytes:
         for extension in self.image_keys:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
@@ -19,6 +19,7 @@ PREFETCHED = 32  # samples whose bytes are fetched at a time
 PREFETCHED_BYTES = 64 << 20
 GAP_BYTES = 64 << 10  # between members of a sample, which one request reads along
 Bytes = bytes | bytearray
+Fetched = tuple[int, Bytes] | ReadError  # offset in the shard and what is there
 FAILING_SECONDS = 60.0
 
 
@@ -32,23 +33,25 @@ class ShardReader:
 
     Args:
         index: where the members lie.
-        members: extensions of those that will be asked for of every sample; empty for all.
+        members: extensions of those that will be asked for of every sample, which may be none;
+            None for all that there are.
     """
 
-    def __init__(self, index: ShardIndex, members: Sequence[str] = ()) -> None:
+    def __init__(self, index: ShardIndex, members: Sequence[str] | None = None) -> None:
         self.index = index
-        known = [ext for ext in members or index.members if ext in index.members]
-        self.members = tuple(dict.fromkeys(known))
+        wanted = index.members if members is None else members
+        self.members = tuple(dict.fromkeys(ext for ext in wanted if ext in index.members))
         self._reset()
 
     def _reset(self) -> None:
         self._files: dict[int, int] = {}
-        self._fetched: dict[int, tuple[int, Bytes] | ReadError] = {}
+        self._fetched: dict[int, Fetched] = {}  # by `prefetch`
+        self._alone: dict[int, Fetched] = {}  # the last one that was not
         self._failed: dict[int, float] = {}
         self._owner = os.getpid()
 
     def __getstate__(self) -> dict[str, object]:
-        nothing = {"_files": {}, "_fetched": {}, "_failed": {}, "_owner": -1}
+        nothing = {"_files": {}, "_fetched": {}, "_alone": {}, "_failed": {}, "_owner": -1}
         return self.__dict__ | nothing
 
     def read(self, sample: int, ext: str, limit: int = MAX_MEMBER_BYTES) -> Bytes | None:
@@ -67,11 +70,11 @@ class ShardReader:
         if length > limit:
             raise FieldError(f"{ext} member over {limit} bytes")
         self._own()
-        fetched = self._fetched.get(sample)
+        fetched = self._fetched.get(sample, self._alone.get(sample))
         shard = self.index.shard_number(sample)
-        if fetched is None and is_remote(self.index.paths[shard]):
-            self._fetched.clear()
-            fetched = self._fetched[sample] = self._fetch(sample, shard)
+        if fetched is None and ext in self.members and is_remote(self.index.paths[shard]):
+            fetched = self._fetch(sample, shard)
+            self._alone = {sample: fetched}
         if isinstance(fetched, ReadError):
             raise fetched
         if fetched is not None:
@@ -82,12 +85,14 @@ class ShardReader:
 
     def prefetch(self, samples: Sequence[int]) -> None:
         """Fetch what there is of a few samples, PREFETCHED_BYTES at most and the rest when it is
-        asked for; nothing is kept of earlier ones."""
+        asked for. It is kept until the next call, whatever else is read."""
         self._own()
-        self._fetched.clear()
+        self._fetched, self._alone = {}, {}
         left, remote = PREFETCHED_BYTES, list[tuple[int, int]]()
         for sample in samples:
             start, length = self._stretch(sample)
+            if not length:
+                continue
             left -= length
             if left < 0:
                 break
@@ -102,6 +107,12 @@ class ShardReader:
             with ThreadPoolExecutor(len(remote)) as pool:
                 for sample, data in pool.map(lambda at: (at[0], self._fetch(*at)), remote):
                     self._fetched[sample] = data
+
+    def ahead(self, samples: Sequence[int]) -> Iterator[int]:
+        """The samples in their order, each after it was fetched together with a few others."""
+        for start in range(0, len(samples), PREFETCHED):
+            self.prefetch(samples[start : start + PREFETCHED])
+            yield from samples[start : start + PREFETCHED]
 
     def shard_of(self, sample: int) -> str:
         """Path of the shard that holds sample number `sample`."""
@@ -124,7 +135,7 @@ class ShardReader:
             return 0, 0
         return (first, last - first) if last else (0, 0)
 
-    def _fetch(self, sample: int, shard: int) -> tuple[int, Bytes] | ReadError:
+    def _fetch(self, sample: int, shard: int) -> Fetched:
         start, length = self._stretch(sample)
         try:
             return start, self._attempt(shard, start, length)

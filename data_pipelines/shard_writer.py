@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import io
 import json
@@ -15,6 +14,7 @@ from types import TracebackType
 from typing import Self
 
 from data_pipelines.shards import ShardError
+from data_pipelines.turns import take_lock
 
 PART = ".part"
 
@@ -122,18 +122,10 @@ def output_folder(out: Path) -> Iterator[int]:
     out.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(out, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        _lock(descriptor, out)
+        if not take_lock(descriptor):
+            raise ShardError(f"another process is writing to '{out}': wait for it to end")
         for left in out.glob(f".*{PART}"):
             left.unlink()
         yield descriptor
     finally:
         os.close(descriptor)
-
-
-def _lock(descriptor: int, out: Path) -> None:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise ShardError(f"another process is writing to '{out}': wait for it to end") from error
-    except OSError:  # file systems without locks
-        return

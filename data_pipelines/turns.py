@@ -24,7 +24,7 @@ def turn(places: Sequence[Path]) -> Iterator[bool]:
         return
     descriptor, path = found
     try:
-        ours = _lock(descriptor)
+        ours = take_lock(descriptor)
         try:
             yield ours
         finally:
@@ -46,7 +46,9 @@ def _open_lock(place: Path) -> tuple[int, Path] | None:
         return None
 
 
-def _lock(descriptor: int) -> bool:
+def take_lock(descriptor: int) -> bool:
+    """Whether this process has the lock of an open file or folder now, or there are no locks on its
+    file system; False while another one has it. It is let go where the descriptor is closed."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

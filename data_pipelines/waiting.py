@@ -7,9 +7,8 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from multiprocessing.process import BaseProcess
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -67,18 +66,6 @@ class Board:
             else:
                 states.append(f"{name} is idle")
         return f"no batch for {waited:.0f} s: " + "; ".join(states)
-
-
-def dead_processes(processes: Sequence[BaseProcess]) -> list[int]:
-    """Ids of those that have ended. They lose their connections first, so this waits for a moment
-    where all seem to be there."""
-    for _ in range(50):
-        with suppress(RuntimeError):  # torch raises it out of the signal that a child has died
-            dead = [process.pid for process in processes if process.exitcode is not None]
-            if dead:
-                return [pid for pid in dead if pid is not None]
-            time.sleep(0.1)
-    return []
 
 
 class Watch:

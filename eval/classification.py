@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -18,19 +19,23 @@ from eval.zero_shot import accuracy_from_ranks, class_ranks
 class ClassificationEvaluator:
     """Top-1, top-5 and mean per-class recall from the logits of `model(images)`.
 
+    Labels that are names are looked up in `classnames`, which are in the order of the logits.
     `workers` loader processes decode; with 0 this one does.
+
+    Raises:
+        ShardError: missing or unsuitable shards, or a label that is none of the classes.
     """
 
     def __init__(
         self,
         config: EvaluationSetConfig,
         image_size: int,
-        num_classes: int,
+        classnames: Sequence[str],
         mean: tuple[float, ...],
         std: tuple[float, ...],
         workers: int = 0,
     ) -> None:
-        self.config, self.num_classes, self.workers = config, num_classes, workers
+        self.config, self.num_classes, self.workers = config, len(classnames), workers
         self.name = config.name or Path(config.shards).parent.name
         self.normalize = Normalize(mean, std)
         self.dataset = EvaluationSet(
@@ -38,10 +43,12 @@ class ClassificationEvaluator:
             image_size,
             image_keys=config.image_keys,
             label_key=config.label_key,
-            num_classes=num_classes,
+            classnames=classnames,
             resize_mode=config.resize_mode or "squash",
             exif_orientation=config.exif_orientation,
         )
+        if not self.dataset.remote:  # at the start, and not hours later
+            self.dataset.check_labels()
 
     @torch.inference_mode()
     def __call__(self, model: nn.Module) -> dict[str, float | None]:

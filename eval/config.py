@@ -23,7 +23,7 @@ class EvaluationSetConfig:
     """File with one class name per line, in label order; `builtin:cifar10` and so on; or
     `open_clip:imagenet`."""
     label_key: str = "cls"
-    """Member that holds the label, or `json:field`."""
+    """Member that holds the label, a number or one of `classnames`, or `json:field`."""
     templates: list[str] = field(default_factory=lambda: ["{}"])
     """Prompt templates with one placeholder, or one name of a file with a template per line,
     `builtin:cifar10` and so on, `open_clip:80` or `open_clip:7`."""

@@ -14,9 +14,8 @@ from data_pipelines.evaluation_files import (
     hugging_face_set,
     image_folder,
     karpathy_split,
-    subfolders,
 )
-from data_pipelines.sources import is_remote
+from data_pipelines.image_folder import class_folders
 from eval.config import EvaluationSetConfig
 from eval.prompts import (
     canonicalize_text,
@@ -65,14 +64,12 @@ def plan_set(
     subject = subject.for_set(config.resize_mode)
     names = read_classnames(config.classnames) if config.classnames else []
     labelled = set(own) - {"retrieval"}
-    test = _open(config, subject, config.split, config.shards, len(names), bool(labelled))
-    test.exif_orientation = config.exif_orientation
+    test = _open(config, subject, config.split, config.shards, names, bool(labelled))
     if "retrieval" in own and not _has_captions(test):
         raise ValueError(f"evaluation set '{where}' has no captions: set caption_key for retrieval")
     train = None
     if set(own) & NEED_TRAIN:
-        train = _open(config, subject, config.train_split, config.train_shards, len(names), True)
-        train.exif_orientation = config.exif_orientation
+        train = _open(config, subject, config.train_split, config.train_shards, names, True)
         _check_apart(test, train, where)
     own_names = list(getattr(test, "classnames", []))
     if names and own_names and labelled:
@@ -174,12 +171,12 @@ def _open(
     subject: Subject,
     split: str,
     shards: str,
-    classes: int,
+    names: list[str],
     labelled: bool,
 ) -> SampleSet:
-    transform = subject.transform
+    transform, upright = subject.transform, config.exif_orientation
     if shards:
-        if labelled and not classes:
+        if labelled and not names:
             raise ValueError(f"evaluation set '{shards}' has no class names: set classnames")
         samples = EvaluationSet(
             shards,
@@ -187,30 +184,30 @@ def _open(
             image_keys=config.image_keys,
             caption_key=config.caption_key,
             label_key=config.label_key if labelled else None,
-            num_classes=classes,
+            classnames=names,
             several=config.label_kind != "single",
+            exif_orientation=upright,
         )
         samples.transform = transform
         return samples
     path = Path(config.data)
     if path.suffix == ".json":
-        return karpathy_split(config.data, config.images, split, transform)
+        return karpathy_split(config.data, config.images, split, transform, upright)
     saved = (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()
     if saved or not path.is_dir() or list(path.glob("**/*.parquet")):
         label = config.label_key if labelled else None
         if label == EvaluationSetConfig().label_key:
             label = "label"  # the usual name of the column
-        names = read_classnames(config.classnames) if config.classnames else []
         several = config.label_kind != "single"
         return hugging_face_set(
-            config.data, split, transform, label, config.caption_key, names, several
+            config.data, split, transform, label, config.caption_key, names, several, upright
         )
     if not (path / split).is_dir():
-        return image_folder(config.data, transform)
+        return image_folder(config.data, transform, None, names, upright)
     # A class without a picture in one split must not shift the labels of the others.
     splits = (config.split, config.train_split)
-    folders = sorted({name for part in splits for name in subfolders(path / part)})
-    return image_folder(str(path / split), transform, folders)
+    folders = sorted({name for part in splits for name in class_folders(path / part)})
+    return image_folder(str(path / split), transform, folders, names, upright)
 
 
 def _check_apart(test: SampleSet, train: SampleSet, where: str) -> None:
@@ -249,7 +246,7 @@ def _has_captions(samples: SampleSet) -> bool:
 
 def _check_labels(samples: SampleSet | None, names: list[str], kind: str, where: str) -> None:
     """Labels must have names; those of remote shards show when they are embedded."""
-    if isinstance(samples, EvaluationSet) and not any(map(is_remote, samples.index.paths)):
+    if isinstance(samples, EvaluationSet) and not samples.remote:
         samples.check_labels()
     if isinstance(samples, EntrySet):
         bare = sum(not entry.labels for entry in samples.entries)

@@ -69,7 +69,7 @@ def cache(config: CacheRun) -> None:
     from contrastive.dual_encoder import build_dual_encoder, model_config
     from contrastive.initial_weights import initialise_towers
     from data_pipelines.image_text import ImageTextLoader
-    from data_pipelines.shards import expand_shards, index_shards
+    from data_pipelines.shards import open_shards
     from encoders.text_towers import build_tokenizer
 
     sides = _frozen_sides(config)
@@ -77,7 +77,7 @@ def cache(config: CacheRun) -> None:
     description = model_config(
         config.image, config.text, config.contrastive, config.train.batch_size
     )
-    index = index_shards(expand_shards(config.data.shards))
+    index = open_shards(config.data)
     whole = replace(config.data, augmentation=AugmentationConfig(crop_scale=(1.0, 1.0)))
     tokenizer = build_tokenizer(description["text_cfg"])
     loader = ImageTextLoader(index, whole, description["vision_cfg"]["image_size"], tokenizer)
@@ -203,19 +203,45 @@ def _embedder(config: CacheRun, side: Side, model: Any) -> Callable[[Tensor], Te
 
 
 class _Inputs:
-    """What a tower reads of each sample, (rows, ...), or the reason why there is nothing."""
+    """What a tower reads of each sample, (rows, ...), or the reason why there is nothing.
 
-    def __init__(self, loader: ImageTextLoader, side: Side) -> None:
-        self.loader, self.side = loader, side
+    Only the members that the tower reads are fetched; `board` is told what this process is at.
+    """
 
-    def __getitem__(self, sample: int) -> Tensor | str:
+    def __init__(self, loader: ImageTextLoader, side: Side, workers: int) -> None:
+        from data_pipelines.captions import members_of
+        from data_pipelines.shards import ShardReader
+        from data_pipelines.waiting import Board
+
+        config = loader.config
+        members = config.image_keys if side == "image" else members_of(config.caption_key)
+        self.loader, self.side, self.board = loader, side, Board(workers)
+        self.reader = ShardReader(loader.reader.index, members)
+
+    def __getitems__(self, samples: Sequence[int]) -> list[Tensor | str]:
+        try:
+            return [self._read(sample) for sample in self.reader.ahead(samples)]
+        finally:
+            self.board.rest()
+
+    def at(self, pid: int) -> str | None:
+        """What a process has been at, for messages."""
+        sample = self.board.at(pid)
+        return None if sample is None else self.reader.index.describe(sample)
+
+    def _read(self, sample: int) -> Tensor | str:
+        from data_pipelines.captions import read_captions
         from data_pipelines.shards import FieldError
         from data_pipelines.stream import SkipSample
+        from data_pipelines.training_pictures import read_picture
 
+        self.board.start(sample)
+        loader = self.loader
         try:
             if self.side == "image":
-                return self.loader.picture(sample)[None]
-            return self.loader.tokenize(self.loader.captions(sample))
+                data = read_picture(self.reader, sample, loader.config.image_keys)
+                return loader.decoded(data)[None]
+            return loader.tokenize(read_captions(self.reader, sample, loader.config.caption_key))
         except (FieldError, SkipSample) as reason:
             return str(reason)
 
@@ -245,6 +271,7 @@ def _embed_shards(
     from tqdm import tqdm
 
     from data_pipelines.cached_embeddings import write_embeddings
+    from data_pipelines.loaders import iterate
 
     starts = loader.reader.index.starts.tolist()
     batches = {
@@ -254,10 +281,12 @@ def _embed_shards(
         ]
         for shard in shards
     }
-    inputs: Any = _Inputs(loader, plan.side)
+    inputs: Any = _Inputs(loader, plan.side, workers)
     sampler: Any = [batch for parts in batches.values() for batch in parts]
-    source = iter(
-        DataLoader(inputs, batch_sampler=sampler, num_workers=workers, collate_fn=_collate)
+    source = iterate(
+        DataLoader(inputs, batch_sampler=sampler, num_workers=workers, collate_fn=_collate),
+        inputs.at,
+        "; the same command goes on with the shards that are missing",
     )
     total = sum(map(len, sampler))
     with tqdm(total=total, unit="sample", desc=plan.side, disable=quiet or None) as bar:

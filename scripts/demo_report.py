@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -47,6 +47,16 @@ RECALLS = (1, 5, 10)
 ARROWS = {"text_retrieval": "image → text", "image_retrieval": "text → image"}
 
 
+class Result(NamedTuple):
+    """A task, and the shares that the model, what trains nothing, and chance get right; None where
+    that was not measured."""
+
+    task: str
+    model: float | None
+    baseline: float | None
+    chance: float
+
+
 @dataclass(frozen=True)
 class PictureSet:
     """All pictures of one split: images uint8 (N, 3, 64, 64), labels int64 (N,), the captions
@@ -61,7 +71,8 @@ class PictureSet:
 def build_report(folder: Path, data: Path, seconds: dict[str, float]) -> Path:
     """Print the table and write `report.html`; needs the runs and `evaluation.json` in `folder`."""
     sets = {name: load_set(data / name) for name in ("train", "test", "test-unseen")}
-    table = results_table(read_records(folder / "evaluation.json"), sets)
+    results = measured_results(read_records(folder / "evaluation.json"), sets)
+    table = results_table(results)
     print("\n" + text_table(table.header, table.rows))
     opened = open_model(str(folder / "contrastive"))
     config = EvaluationSetConfig(
@@ -76,7 +87,7 @@ def build_report(folder: Path, data: Path, seconds: dict[str, float]) -> Path:
         summary=[
             "An image encoder with Soft MoE layers and a small text tower, trained on five drawing"
             " styles and measured on a sixth that no training step has seen.",
-            verdict(table),
+            verdict(*results[:2]),
             f"Pretraining, contrastive training and evaluation took {minutes:.1f} minutes here.",
         ],
         tables=[table],
@@ -116,10 +127,11 @@ def _words(dataset: EvaluationSet, number: int) -> str:
     return " ".join([record["name"], *record["keywords"]])
 
 
-def results_table(
+def measured_results(
     records: dict[tuple[str, str], dict[str, float | None]], sets: dict[str, PictureSet]
-) -> Table:
-    """The test figures beside chance and beside baselines that train nothing."""
+) -> list[Result]:
+    """The test figures beside chance and beside baselines that train nothing: top-1 and top-5 of
+    seen concepts, then the others."""
     train, test, unseen = sets["train"], sets["test"], sets["test-unseen"]
     classes = int(train.labels.max()) + 1
     pixels = pixel_nearest_neighbour(train.images, train.labels, test.images, test.labels)
@@ -133,12 +145,12 @@ def results_table(
     seen_scores = records["test", "zeroshot_classification"]
     unseen_scores = records["test-unseen", "zeroshot_classification"]
     choices = len(unseen.labels.unique())
-    rows = [
-        _row(f"seen concepts, top-{k} of {classes}", seen_scores[f"acc{k}"], pixels[f"acc{k}"],
+    results = [
+        Result(f"seen concepts, top-{k} of {classes}", seen_scores[f"acc{k}"], pixels[f"acc{k}"],
              k / classes)
         for k in (1, 5)
     ] + [
-        _row(f"unseen concepts, top-{k} of {choices}", unseen_scores[f"acc{k}"],
+        Result(f"unseen concepts, top-{k} of {choices}", unseen_scores[f"acc{k}"],
              bridge if k == 1 else None, k / choices)
         for k in (1, 5)
     ]  # fmt: skip
@@ -152,30 +164,36 @@ def results_table(
         for k in RECALLS:
             name = f"{prefix}_recall@{k}"
             chance = chance_recall(answers, pool, k)
-            rows.append(_row(f"{arrow}, recall@{k} of {pool}", found[name], baseline[name], chance))
+            results.append(
+                Result(f"{arrow}, recall@{k} of {pool}", found[name], baseline[name], chance)
+            )
+    return results
+
+
+def results_table(results: Sequence[Result]) -> Table:
+    """The figures as they are shown."""
     return Table(
         "Test style (fluent-3d), never seen in training",
         ["task", "model", "no training", "chance"],
-        rows,
+        [[r.task, short(r.model), short(r.baseline), f"{r.chance:.4f}"] for r in results],
         note="No training: the nearest training picture by 16x16 pixel averages, and for unseen"
         " concepts the words of the ten nearest (word bridge).",
     )
 
 
-def verdict(table: Table) -> str:
-    """The first rows of `results_table` in words."""
-    (model1, pixels1, chance), (model5, pixels5, _) = (
-        [f"{float(cell):.1%}" for cell in row[1:]] for row in table.rows[:2]
-    )
+def verdict(first: Result, five: Result) -> str:
+    """Top-1 and top-5 of seen concepts in words."""
     return (
-        f"Of the concepts that training has seen in other styles, it names {model1} at its first"
-        f" try and {model5} within five. The nearest training picture by pixels, which takes no"
-        f" training at all, gets {pixels1} and {pixels5}; guessing, {chance}."
+        "Of the concepts that training has seen in other styles, it names"
+        f" {_percent(first.model)} at its first try and {_percent(five.model)} within five. The"
+        " nearest training picture by pixels, which takes no training at all, gets"
+        f" {_percent(first.baseline)} and {_percent(five.baseline)}; guessing,"
+        f" {_percent(first.chance)}."
     )
 
 
-def _row(name: str, value: float | None, baseline: float | None, chance: float) -> list[str]:
-    return [name, short(value), short(baseline), f"{chance:.4f}"]
+def _percent(share: float | None) -> str:
+    return "an unknown share" if share is None else f"{share:.1%}"
 
 
 def _words_by_label(pictures: PictureSet) -> list[str]:

@@ -77,7 +77,7 @@ def train(config: PretrainRun) -> None:
         **launch.stream_options(config.data.workers),
     )
     objective = ClassificationObjective(model, config.model, len(classes), classes)
-    evaluators = [_evaluator(item, config, model, len(classes)) for item in config.evaluation]
+    evaluators = [_evaluator(item, config, model, classes) for item in config.evaluation]
     launch.fit(
         objective,
         stream,
@@ -87,7 +87,9 @@ def train(config: PretrainRun) -> None:
     )
 
 
-def _evaluator(item: EvaluationSetConfig, config: PretrainRun, model: Any, classes: int) -> Any:
+def _evaluator(
+    item: EvaluationSetConfig, config: PretrainRun, model: Any, classes: list[str]
+) -> Any:
     """Accuracy of the classifier, or the tasks that a set names."""
     from eval.classification import ClassificationEvaluator
     from eval.image_tower import ImageTower

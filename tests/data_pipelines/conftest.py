@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterable
+import threading
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 from webdataset import TarWriter
+
+from tests.data_pipelines.http_server import ShardServer
 
 MakeShard = Callable[[str, Iterable[tuple[str, dict[str, bytes]]]], Path]
 
@@ -79,3 +82,16 @@ def captioned(make_shard: MakeShard, picture: Callable[[int], bytes]) -> str:
             number += 1
         made = make_shard(f"captioned/{shard:04d}.tar", samples)
     return str(made.parent / "{0000..0002}.tar")
+
+
+@pytest.fixture
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ShardServer]:
+    """Serves the files below tmp_path; their sidecars go there, too."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    with ShardServer(tmp_path) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
+        thread.start()
+        yield server
+        server.released.set()
+        server.shutdown()
+        thread.join()

@@ -94,9 +94,9 @@ class Handler(BaseHTTPRequestHandler):
 
     def _send(self, name: str, data: bytes, fault: Any) -> None:
         part = data if fault is None else data[: len(data) // 2]
+        self.server.sent[name] += len(part)  # before the client has it, and may ask
         self.wfile.write(part)
         self.wfile.flush()
-        self.server.sent[name] += len(part)
         if fault == "stall":
             self.server.released.wait(30)
         if fault == "reset":

@@ -219,7 +219,7 @@ def test_names_from_a_file_and_what_does_not_fit(
         ("ant", 2), ("bee", 1), ("cow", 0),
     }  # fmt: skip
     names.write_text("cow\nbee\n")
-    with pytest.raises(ShardError, match=r"has the folder 'ant', which data\.classnames does not"):
+    with pytest.raises(ShardError, match=r"has the folder 'ant', which is none of the classes"):
         open_source(config)
     parquet = ClassificationConfig(
         dataset=stored(table, tmp_path, "parquet"), classnames=str(names)
@@ -274,6 +274,13 @@ def test_names_in_lists_and_in_shards(make_shard: Any, picture: Picture, tmp_pat
     assert batch["label"].tolist() == [1, 0, 1]
     (batch,) = take(config, 1, global_batch=4)
     assert batch["skipped"] == ["label is no integer"]
+    samples = [
+        ("0", {"png": picture(0), "cls": b"cow, ant"}),
+        ("1", {"png": picture(1), "cls": b"1"}),
+    ]
+    config.shards, config.labels = str(make_shard("lists.tar", samples)), "indices"
+    (batch,) = take(config, 1, global_batch=2)
+    assert batch["label"].tolist() == [[1, 0, 1], [0, 1, 0]]
 
 
 def test_what_cannot_be_opened_is_told_in_a_line(table: Dataset, tmp_path: Path) -> None:

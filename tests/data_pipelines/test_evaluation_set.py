@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from data_pipelines.decode import decode_rgb
-from data_pipelines.evaluation import EvaluationSet
+from data_pipelines.evaluation import EvaluationSet, SampleSet
 from data_pipelines.shards import ShardError
 from data_pipelines.transforms import eval_transform
 
@@ -52,6 +52,15 @@ def test_samples_come_in_shard_order(
     )
 
 
+def test_a_set_that_lacks_something_cannot_be_made() -> None:
+    class Half(SampleSet):
+        def __len__(self) -> int:
+            return 0
+
+    with pytest.raises(TypeError, match=r"__getitem__.*fingerprint.*version"):
+        Half()
+
+
 def test_pictures_alone(open_set: Callable[..., EvaluationSet]) -> None:
     (batch,) = open_set(resize_mode="shortest").batches(20)
     assert batch["captions"] == [[]] * 20
@@ -82,7 +91,7 @@ def test_training_randomness_is_left_alone(open_set: Callable[..., EvaluationSet
 def test_unusable_samples_are_left_out_and_counted(make_shard: MakeShard, picture: Picture) -> None:
     samples = [
         ("a", {"png": b"junk", "cls": b"0"}),
-        ("b", {"png": picture(0), "cls": b"cat"}),
+        ("b", {"png": picture(0), "cls": b" \n"}),
         ("c", {"png": picture(1), "cls": b"1"}),
         ("d", {"png": picture(2)}),
         ("e", {"cls": b"1"}),
@@ -92,7 +101,7 @@ def test_unusable_samples_are_left_out_and_counted(make_shard: MakeShard, pictur
     shards = str(make_shard("x.tar", samples))
     dataset = EvaluationSet(shards, 8, image_keys=["png"], label_key="cls", num_classes=2)
     first, second, third, fourth = dataset.batches(2)
-    assert first == {"skipped": Counter({"broken image": 1, "label is no integer": 1})}
+    assert first == {"skipped": Counter({"broken image": 1, "no label": 1})}
     assert (second["key"], second["skipped"]) == (["c"], Counter({"no cls member": 1}))
     assert (third["key"], third["skipped"]) == (["f"], Counter({"no image member": 1}))
     assert (fourth["number"], fourth["label"], fourth["skipped"]) == ([6], [0], Counter())

@@ -7,18 +7,22 @@ import os
 import shutil
 import tarfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
+import data_pipelines.pack as pack_module
 from data_pipelines.classification import classification_stream
 from data_pipelines.config import ClassificationConfig
 from data_pipelines.decode import decode_rgb
 from data_pipelines.emoji.prepare import SOURCE
+from data_pipelines.ordered_map import ordered_map
 from data_pipelines.pack import pack
+from data_pipelines.pack_pictures import pack_picture
 from data_pipelines.shards import ShardError, ShardReader, index_shards
 from data_pipelines.tool_config import PackConfig
 
@@ -49,6 +53,36 @@ def members(folder: Path, key: str) -> dict[str, bytes]:
     (sample,) = [n for n, name in enumerate(reader.index.keys) if name == key]
     found = {ext: reader.read(sample, ext) for ext in reader.index.members}
     return {ext: data for ext, data in found.items() if data is not None}
+
+
+def test_a_process_is_at_nothing_once_it_has_read_its_chunk(
+    emoji: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or else its death would be put down to a sample that is not to blame."""
+    during, after = list[str | None](), list[str | None]()
+
+    def noting(function: Any, inputs: Any, workers: int, start: Any, at: Any) -> Iterator[Any]:
+        for chunk in ordered_map(function, inputs, workers, start, at):
+            after.append(at(os.getpid()))
+            yield chunk
+
+    def note(data: bytes, config: PackConfig) -> Any:
+        during.append(packers[0]._at(os.getpid()))
+        return pack_picture(data, config)
+
+    packers: list[Any] = []
+    build = pack_module._Packer.__init__
+
+    def keep(packer: Any, *arguments: Any) -> None:
+        packers.append(packer)
+        build(packer, *arguments)
+
+    monkeypatch.setattr(pack_module._Packer, "__init__", keep)
+    monkeypatch.setattr(pack_module, "pack_picture", note)
+    monkeypatch.setattr(pack_module, "ordered_map", noting)
+    pack(PackConfig(str(emoji), str(tmp_path / "out")), workers=0)
+    assert during == [f"'{path.name}'" for path in sorted(emoji.glob("*.webp"))]
+    assert after == [None] * 3
 
 
 def test_folder_of_captioned_pictures(emoji: Path, tmp_path: Path) -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import io
 import os
 import shutil
+import signal
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from PIL import Image
 
 from data_pipelines import picture_sets
 from data_pipelines.decode import decode_rgb
+from data_pipelines.errors import LoaderError
 from data_pipelines.picture_sets import PictureSet, open_picture_set
 from data_pipelines.transforms import eval_transform
 from tests.conftest import write_shard
@@ -45,6 +48,13 @@ def folder(tmp_path: Path) -> Path:
     (root / "notes.md").write_text("no picture")
     (root / "gone.png").symlink_to(root / "none.png")
     return root
+
+
+def test_a_loader_that_dies_is_one_error(folder: Path) -> None:
+    found: Any = open_set(folder)
+    found.transform = lambda _: os.kill(os.getpid(), signal.SIGKILL)
+    with pytest.raises(LoaderError, match=r"^a loader process has died \(pid \d+\): it was killed"):
+        list(found.batches(2, workers=1))
 
 
 def test_a_folder_of_pictures(folder: Path) -> None:

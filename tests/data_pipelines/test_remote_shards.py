@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import itertools
 import os
-import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,22 +28,6 @@ from tests.data_pipelines.http_server import ShardServer
 MakeShard = Callable[[str, Iterable[tuple[str, dict[str, bytes]]]], Path]
 QUICK = ReadingConfig(attempts=3, backoff=0.002, timeout=0.15)
 FAULTS = [404, 500, "reset", "cut", "stall"]
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-
-
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[ShardServer]:
-    with ShardServer(tmp_path) as server:
-        thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
-        thread.start()
-        yield server
-        server.released.set()
-        server.shutdown()
-        thread.join()
 
 
 def small(make_shard: MakeShard, count: int = 3) -> Path:
@@ -105,6 +88,24 @@ def test_what_stays_unreadable_is_counted(
     assert set(keys) == {f"k{number:02d}" for number in range(7, 20)}
     # Three attempts in the first reads, which go side by side, then one each.
     assert 7 + 2 <= server.requests["captioned/0000.tar"] - before <= 3 * 7 + skipped.total()
+
+
+def test_a_skipped_sample_leaves_what_was_fetched_for_the_others(
+    server: ShardServer, make_shard: MakeShard, picture: Callable[[int], bytes], tokenize: Any
+) -> None:
+    samples = [
+        (f"k{n:02d}", {"png": picture(n), "txt": b"" if n % 5 == 1 else b"text"}) for n in range(40)
+    ]
+    make_shard("0.tar", samples)
+    stream = image_text_stream(
+        config_of(server, f"{server.url}/0.tar"),
+        image_size=8, tokenize=tokenize, seed=1, global_batch=20,
+    )  # fmt: skip
+    before = server.requests["0.tar"]
+    batch = next(stream.batches())
+    assert len(batch["skipped"]) >= 2
+    # One for each sample of the batch, and for what took the place of others, if it was not there.
+    assert 20 <= server.requests["0.tar"] - before <= 20 + len(batch["skipped"])
 
 
 def test_large_members_are_jumped_over(server: ShardServer, make_shard: MakeShard) -> None:

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from pathlib import Path
-
-import pytest
 
 from data_pipelines.clean_copy import write_clean_copy
 from data_pipelines.shard_stats import measure
@@ -18,25 +15,16 @@ from tests.data_pipelines.http_server import ShardServer
 def test_validate_and_stats_over_http(
     make_shard: Callable[..., Path],
     picture: Callable[[int], bytes],
+    server: ShardServer,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     samples = [(f"k{n}", {"png": picture(n % 3), "txt": b"words"}) for n in range(4)]
     samples[1][1]["pickle"] = b"\x80\x04."
-    make_shard("s/0.tar", samples)
-    with ShardServer(tmp_path / "s") as server:
-        thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
-        thread.start()
-        here = f"{server.url}/0.tar"
-        found = validate(ValidateConfig(here), 0)
-        kinds = {(finding.kind, finding.key) for finding in found.findings}
-        assert kinds == {
-            ("pickle_member", "k1"), ("duplicate_image", "k3"),
-        }  # fmt: skip
-        assert write_clean_copy(found, tmp_path / "clean") == (1, 3, {})
-        assert list(measure(StatsConfig(here, tokenizer=None), 0).tally.widths) == [20] * 4
-        server.released.set()
-        server.shutdown()
-        thread.join()
+    make_shard("0.tar", samples)
+    here = f"{server.url}/0.tar"
+    found = validate(ValidateConfig(here), 0)
+    kinds = {(finding.kind, finding.key) for finding in found.findings}
+    assert kinds == {("pickle_member", "k1"), ("duplicate_image", "k3")}
+    assert write_clean_copy(found, tmp_path / "clean") == (1, 3, {})
+    assert list(measure(StatsConfig(here, tokenizer=None), 0).tally.widths) == [20] * 4
     assert not validate(ValidateConfig(str(tmp_path / "clean")), 0).findings

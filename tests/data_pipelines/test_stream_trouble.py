@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
 from data_pipelines.config import (
     AugmentationConfig,
@@ -26,9 +27,9 @@ from data_pipelines.config import (
 )
 from data_pipelines.errors import LoaderError
 from data_pipelines.image_text import image_text_stream
+from data_pipelines.loaders import iterate
 from data_pipelines.shards import ShardError
 from data_pipelines.stream import SkipSample
-from data_pipelines.waiting import dead_processes
 from tests.data_pipelines.test_orders import stream_of
 
 
@@ -69,15 +70,22 @@ def test_a_killed_loader_ends_the_stream_and_a_new_one_goes_on(workers: int) -> 
     assert torch.equal(torch.stack(seen), torch.stack(whole))
 
 
-def test_a_loader_that_dies_before_it_has_begun_is_named() -> None:
-    idle = [multiprocessing.Process(target=time.sleep, args=(60,)) for _ in range(2)]
-    for process in idle:
-        process.start()
-    os.kill(idle[1].pid or 0, signal.SIGKILL)
-    assert dead_processes(idle) == [idle[1].pid]
-    idle[0].kill()
-    for process in idle:
-        process.join()
+def test_a_loader_that_dies_before_it_has_begun_is_named(tmp_path: Path) -> None:
+    def die(worker: int) -> None:
+        if worker == 1:
+            (tmp_path / "pid").write_text(str(os.getpid()))
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    samples: Any = range(9)
+    loader = DataLoader(samples, num_workers=3, worker_init_fn=die)
+    with pytest.raises(LoaderError) as caught:
+        deque(iterate(loader, lambda pid: None, "; begin again"), 0)
+    pid = (tmp_path / "pid").read_text()
+    assert str(caught.value) == (
+        f"a loader process has died (pid {pid}): it was killed, often by the system for lack of"
+        " memory: use fewer workers or more memory; begin again"
+    )
+    assert not multiprocessing.active_children()
 
 
 def crash_at_9(sample: int) -> dict[str, Any]:

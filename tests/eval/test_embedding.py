@@ -14,8 +14,9 @@ from torch import Tensor
 
 from data_pipelines.evaluation import EvaluationSet
 from data_pipelines.evaluation_files import image_folder
+from data_pipelines.shards import ShardError
 from eval import embedding
-from eval.embedding import KINDS, EmbeddedSet, embed
+from eval.embedding import KINDS, EmbeddedSet, cache_key, embed
 from eval.open_model import OpenedModel
 from eval.subject import Caller, Identity, Subject, from_opened
 
@@ -109,7 +110,12 @@ def test_a_change_of_any_byte_is_embedded_again(shards: Path, tmp_path: Path) ->
 
 
 def test_how_samples_are_read_is_part_of_the_key(shards: Path, tmp_path: Path) -> None:
-    """A member with two labels is no label for one kind of set and two for another."""
+    """A member with two labels is an error for one kind of set and two labels for another, which is
+    not served from what the other one has embedded."""
+    subject = Counting().subject
+    kinds = (False, True)
+    keys = {cache_key(subject, open_set(shards, several=several), {"image"}) for several in kinds}
+    assert len(keys) == 2
     folder = copy_shards(shards, tmp_path, bytes)
     data = (folder / "train-0.tar").read_bytes()
     header = data.index(b"0000.cls")
@@ -121,12 +127,11 @@ def test_how_samples_are_read_is_part_of_the_key(shards: Path, tmp_path: Path) -
     changed[checksum : checksum + 8] = b" " * 8
     changed[checksum : checksum + 7] = b"%06o\0" % sum(changed[header : header + 512])
     (folder / "train-0.tar").write_bytes(changed)
-    found = [
-        embed(Counting().subject, open_set(folder, several=several), {"image"}, cache=str(tmp_path))
-        for several in (False, True)
-    ]
-    assert [len(one.keys) for one in found] == [23, 24]
-    assert found[1].labels[0].tolist() == [1, 2]
+    with pytest.raises(ShardError, match="has label '1 2', which is neither"):
+        embed(subject, open_set(folder), {"image"}, cache=str(tmp_path))
+    found = embed(subject, open_set(folder, several=True), {"image"}, cache=str(tmp_path))
+    assert len(found.keys) == 24
+    assert found.labels[0].tolist() == [1, 2]
 
 
 def test_an_image_folder_is_embedded_again_when_a_picture_changes(tmp_path: Path) -> None:

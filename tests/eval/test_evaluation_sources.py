@@ -147,7 +147,7 @@ def test_several_labels_of_a_sample(saved: Callable[..., str]) -> None:
     config.label_kind = "multi"
     assert 0 < figures(config)["zero_shot_classification"]["mean_average_precision"] < 1
     config.label_kind = "single"
-    with pytest.raises(ShardError, match="holds a list: set label_kind to any or multi"):
+    with pytest.raises(ShardError, match=r"holds .*, a list: set label_kind to any or multi"):
         plan_set(config, SUBJECT)
 
 
@@ -177,10 +177,10 @@ def test_what_is_no_set_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     with pytest.raises(ShardError, match="is no folder and no dataset that loads"):
         plan_set(config, SUBJECT)
     config.data = str(tmp_path)
-    with pytest.raises(ShardError, match="is no image folder"):
+    with pytest.raises(ShardError, match="holds no pictures in class folders"):
         plan_set(config, SUBJECT)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ShardError, match="is an empty split"):
+    with pytest.raises(ShardError, match="holds no pictures in class folders"):
         plan_set(config, SUBJECT)
 
 

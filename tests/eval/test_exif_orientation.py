@@ -74,5 +74,5 @@ def test_sets_turn_pictures_where_they_are_told_to(
 @pytest.mark.usefixtures("sideways")
 def test_the_evaluator_of_pretraining_turns_them_too(tmp_path: Path) -> None:
     config = EvaluationSetConfig(shards=str(tmp_path / "test.tar"), exif_orientation=True)
-    evaluator = ClassificationEvaluator(config, 8, 1, (0.5,) * 3, (0.5,) * 3)
+    evaluator = ClassificationEvaluator(config, 8, ["red"], (0.5,) * 3, (0.5,) * 3)
     assert is_upright(evaluator.dataset[0]["image"])

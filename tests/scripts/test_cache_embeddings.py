@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from data_pipelines.shards import ShardReader
 from scripts import cache_embeddings, train_contrastive
 from tests.scripts.cached_runs import (
     BOTH,
@@ -122,6 +125,38 @@ def test_what_is_written_and_said(
     }
     half = open_run(settings(world, *options(tmp_path / "new" / "folder")))[1](1)[0]
     assert half["image_embedding"].dtype == torch.float16
+
+
+def test_a_loader_that_dies_is_told_with_its_sample(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def crash(*_: Any) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr("data_pipelines.training_pictures.TrainingPictures.__call__", crash)
+    with pytest.raises(SystemExit) as stop:
+        cache_embeddings.main([*cache_words(world, tmp_path / "out"), "--data.workers=1"])
+    assert stop.value.code == 1
+    assert re.search(
+        rf"error: a loader process has died \(pid \d+\): it was killed at sample '00' of"
+        rf" '{world}/shards/0.tar', .* more memory; the same command goes on with the shards that",
+        capsys.readouterr().err,
+    )
+
+
+def test_a_text_tower_s_embeddings_cost_no_pictures(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fetched = set[tuple[str, ...]]()
+    prefetch = ShardReader.prefetch
+
+    def note(reader: ShardReader, samples: Any) -> None:
+        fetched.add(reader.members)
+        prefetch(reader, samples)
+
+    monkeypatch.setattr(ShardReader, "prefetch", note)
+    cache_embeddings.main([*cache_words(world, tmp_path / "out"), "--towers=[text]"])
+    assert fetched == {("txt",)}
 
 
 @pytest.mark.slow

@@ -10,8 +10,7 @@ import torch
 from contrastive.config import ContrastiveConfig, ImageTowerConfig, TextTowerConfig
 from contrastive.dual_encoder import build_dual_encoder, model_config
 from eval.open_model import OpenedModel
-from eval.report import Table
-from scripts.demo_report import PictureSet, slot_pictures, verdict
+from scripts.demo_report import PictureSet, Result, slot_pictures, verdict
 
 TEST = "soft_moe_vit_test_patch16_64"
 HALF = (0.5, 0.5, 0.5)
@@ -38,7 +37,6 @@ def test_models_with_slots_are_looked_into(arguments: dict[str, Any], pictures: 
 
 
 def test_the_verdict_says_how_the_model_did_beside_pixels_and_chance() -> None:
-    rows = [["top-1", "0.268", "0.278", "0.0007"], ["top-5", "0.492", "0.456", "0.0034"]]
-    found = verdict(Table("Test", ["task", "model", "no training", "chance"], rows))
+    found = verdict(Result("top-1", 0.26849, 0.278, 0.0007), Result("top-5", 0.492, 0.456, 0.0034))
     assert "names 26.8% at its first try and 49.2% within five" in found
     assert "gets 27.8% and 45.6%; guessing, 0.1%" in found
