@@ -26,7 +26,8 @@ from data_pipelines.sidecar import default_folder
 from tests.data_pipelines.http_server import ShardServer
 
 MakeShard = Callable[[str, Iterable[tuple[str, dict[str, bytes]]]], Path]
-QUICK = ReadingConfig(attempts=3, backoff=0.002, timeout=0.15)
+QUICK = ReadingConfig(attempts=3, backoff=0.002, timeout=20)
+STALLED = replace(QUICK, timeout=0.15)  # too short, at times, on a busy machine
 FAULTS = [404, 500, "reset", "cut", "stall"]
 
 
@@ -46,7 +47,7 @@ def test_a_served_stream_is_the_stream_of_the_files(
 ) -> None:
     options: dict[str, Any] = {"image_size": 8, "tokenize": tokenize, "seed": 1, "global_batch": 6}
     remote = config_of(server, captioned)
-    remote.reading = replace(QUICK, attempts=2 * len(FAULTS) + 1)
+    remote.reading = replace(STALLED, attempts=2 * len(FAULTS) + 1)
     # Each fault once while headers are read, and once in the middle of the epoch.
     server.faults = {"captioned/0002.tar": [*FAULTS, None, None, *FAULTS]}
     served = image_text_stream(remote, workers=workers, **options)
@@ -74,9 +75,10 @@ def test_a_served_stream_is_the_stream_of_the_files(
 def test_what_stays_unreadable_is_counted(
     server: ShardServer, captioned: str, tokenize: Any, fault: Any, reason: str
 ) -> None:
-    stream = image_text_stream(
-        config_of(server, captioned), image_size=8, tokenize=tokenize, seed=1, global_batch=10
-    )
+    config = config_of(server, captioned)
+    if fault == "stall":
+        config.reading = STALLED
+    stream = image_text_stream(config, image_size=8, tokenize=tokenize, seed=1, global_batch=10)
     before = server.requests["captioned/0000.tar"]
     server.forever["captioned/0000.tar"] = fault
     batches = list(itertools.islice(stream.batches(), 2))
