@@ -30,6 +30,12 @@ NEED_TRAIN = {"few_shot", "linear_probe", "knn"}
 NEED_TEXT = {"zero_shot_classification", "retrieval"}
 
 
+def figure_name(task: str, metric: str) -> str:
+    """Name of a figure among those of all tasks of a set: where probes and zero-shot classification
+    give metrics of one name, those of probes begin with the probe, as in `knn_acc1`."""
+    return f"{task}_{metric}" if task in ("linear_probe", "knn") else metric
+
+
 @dataclass(frozen=True)
 class ProbeOptions:
     """Shots, seeds and strengths of the probes."""
