@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 from eval.embedding import EmbeddedSet
 from eval.few_shot import L2_DEFAULT, best_l2, few_shot_hits, sparse_classes
 from eval.label_metrics import measure_labels, measure_multilabel
-from eval.measurement import Measurement
+from eval.measurement import Interval, Measurement
 from eval.probes import linear_probe, neighbour_scores
 from eval.retrieval import retrieval_ranks, unit_rows
 from eval.zero_shot import class_vectors
@@ -99,7 +100,7 @@ def measure_retrieval(found: EmbeddedSet, ks: Sequence[int] = (1, 5, 10)) -> Mea
         columns[f"{name}_average_precision"] = np.asarray(precision[side])
         measured.add_means(columns)
         measured.metrics[f"{name}_median_rank"] = float(np.median(values)) + 1
-        measured.ci95[f"{name}_median_rank"] = _median_interval(values + 1)
+        measured.intervals.append(partial(_median_interval, f"{name}_median_rank", values + 1))
         pool = len(directions["image" if side == "text" else "text"])
         beyond = [k for k in ks if k > pool]
         if beyond:
@@ -119,12 +120,12 @@ def measure_retrieval(found: EmbeddedSet, ks: Sequence[int] = (1, 5, 10)) -> Mea
     return measured
 
 
-def _median_interval(values: np.ndarray) -> tuple[float, float]:
+def _median_interval(name: str, values: np.ndarray) -> dict[str, Interval]:
     """95 % interval of the median from order statistics, as the bootstrap's but without draws."""
     ordered = np.sort(values)
     half = 1.96 * np.sqrt(len(ordered)) / 2
     low, high = int(len(ordered) / 2 - half), int(np.ceil(len(ordered) / 2 + half))
-    return float(ordered[max(low, 0)]), float(ordered[min(high, len(ordered) - 1)])
+    return {name: (float(ordered[max(low, 0)]), float(ordered[min(high, len(ordered) - 1)]))}
 
 
 def probe_splits(
