@@ -40,8 +40,10 @@ def measure_labels(
         `acc{k}`, `mean_per_class_recall`, and details.
 
     Raises:
-        ValueError: labels out of range, or no sample with a label.
+        ValueError: labels out of range, more or fewer than scores, or no sample with a label.
     """
+    if len(labels) != len(scores):
+        raise ValueError(f"{len(labels)} labels do not belong to the scores of {len(scores)}")
     several = labels.ndim == 2
     sets = labels if several else labels[:, None]
     check_labels(sets, scores.shape[1])

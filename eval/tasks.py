@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -16,8 +15,8 @@ from eval.few_shot import L2_DEFAULT, best_l2, few_shot_hits, sparse_classes
 from eval.label_metrics import measure_labels, measure_multilabel
 from eval.measurement import Interval, Measurement
 from eval.probes import linear_probe, neighbour_scores
-from eval.retrieval import retrieval_ranks, unit_rows
-from eval.zero_shot import class_vectors
+from eval.retrieval import retrieval_ranks
+from eval.zero_shot import class_scores, class_vectors
 
 TASKS = {  # what of the pictures is embedded
     "zero_shot_classification": {"image"},
@@ -57,9 +56,7 @@ def measure_zero_shot(
 ) -> Measurement:
     """Cosine of pictures and class vectors; `label_kind` is single, any (ReaL) or multi."""
     vectors = class_vectors(encode_text, prompts, batch_size).cpu()
-    pool = unit_rows(vectors, "class vectors")
-    parts = found.rows["image"].split(4096)
-    scores = torch.cat([(unit_rows(part, "images") @ pool.T).float() for part in parts])
+    scores = class_scores(found.rows["image"], vectors)
     if label_kind == "multi":
         return measure_multilabel(scores, found.labels, classnames)
     labels = found.labels if label_kind == "any" else single_labels(found)
