@@ -26,7 +26,7 @@ from eval.prompts import (
     read_templates,
 )
 from eval.subject import Subject
-from eval.tasks import NEED_TEXT, NEED_TRAIN, TASKS
+from eval.tasks import NEED_TEXT, NEED_TRAIN, QUICK_PROBES, TASKS
 
 TEMPLATES_FILE = "zeroshot_classification_templates.txt"
 
@@ -57,7 +57,7 @@ def plan_set(
         ShardError, ValueError: what cannot be measured, and why.
     """
     config = complete(config)
-    own = config.tasks or tasks or _implied(config)
+    own = config.tasks or tasks or _implied(config, subject)
     if "retrieval" in own and config.caption_key is None and config.shards:
         config = replace(config, caption_key="txt")
     where = config.data or config.shards
@@ -135,9 +135,25 @@ def complete(config: EvaluationSetConfig) -> EvaluationSetConfig:
     return found
 
 
-def _implied(config: EvaluationSetConfig) -> list[str]:
+def _implied(config: EvaluationSetConfig, subject: Subject) -> list[str]:
+    """What a set asks for by its other settings; of a model without texts, the probes that are
+    quick to learn, where there is something to learn them from."""
+    if subject.encode_text is None:
+        probed = config.label_kind == "single" and _has_training_split(config)
+        return list(QUICK_PROBES) if probed else []
     named = {"zero_shot_classification": config.classnames, "retrieval": config.caption_key}
     return [task for task, setting in named.items() if setting]
+
+
+def _has_training_split(config: EvaluationSetConfig) -> bool:
+    """As far as that can be seen before the set is opened: tables show it then."""
+    if config.shards:
+        return bool(config.train_shards)
+    path = Path(config.data)
+    if path.suffix == ".json":
+        return False  # Karpathy's files have no labels
+    folder = path.is_dir() and not list(path.glob("**/*.parquet"))
+    return not folder or (path / config.train_split).is_dir()
 
 
 def _check_tasks(
@@ -146,6 +162,12 @@ def _check_tasks(
     unknown = [task for task in tasks if task not in TASKS]
     if unknown:
         raise ValueError(f"task '{unknown[0]}' is unknown: choose from {', '.join(TASKS)}")
+    if not tasks and subject.encode_text is None:
+        raise ValueError(
+            f"evaluation set '{where}' measures nothing: model '{subject.name}' has no text tower,"
+            " and probes need single labels and a training split: set train_shards, or give the"
+            f" folder of '{config.split}' one called '{config.train_split}' beside it"
+        )
     if not tasks:
         missing = config.data and not Path(config.data).exists()
         raise ValueError(

@@ -28,6 +28,7 @@ TASKS = {  # what of the pictures is embedded
 NAMES = {"zero_shot_classification": "zeroshot_classification", "retrieval": "zeroshot_retrieval"}
 NEED_TRAIN = {"few_shot", "linear_probe", "knn"}
 NEED_TEXT = {"zero_shot_classification", "retrieval"}
+QUICK_PROBES = ("few_shot", "knn")  # the linear probe learns for long
 
 
 def figure_name(task: str, metric: str) -> str:
