@@ -100,8 +100,8 @@ def _evaluator(item: EvaluationSetConfig, config: PretrainRun, model: Any, class
     settings = model.pretrained_cfg
     size, mean, std = settings["input_size"][-1], tuple(settings["mean"]), tuple(settings["std"])
     item = complete(item)
-    own = not item.classnames or len(read_classnames(item.classnames)) == classes
-    if item.shards and own and not item.tasks:
+    fits = not item.classnames or len(read_classnames(item.classnames)) == classes
+    if item.shards and fits and not item.tasks:
         return ClassificationEvaluator(item, size, classes, mean, std)
 
     def subject_of(model: Any) -> Subject:

@@ -103,7 +103,7 @@ def test_records_are_shown_of_the_weights_that_they_measured(shards: Path, tmp_p
         assert shown(text) != {name: (value, "-") for name, (value, _) in expected.items()}
         assert "Measured on the weights in training (of step 3):" in text
 
-    # The same folder name in another run, or an earlier average: no figure is of these weights.
+    # The average of an earlier checkpoint is none that the records measured.
     earlier = card(run / "checkpoints" / "step_00000002", tmp_path / "earlier", "average")
     assert shown(earlier) == logged(run, 2, "ema/val/")
 
