@@ -11,7 +11,8 @@ class EvaluationSetConfig:
     """One set of pictures; what it names is measured.
 
     `tasks` says what; without it, `classnames` asks for zero-shot classification of `label_key`
-    among them and `caption_key` for retrieval in both directions.
+    among them and `caption_key` for retrieval in both directions. Of a model without a text tower
+    few_shot and knn are measured, where there is a training split.
     """
 
     name: str = ""

@@ -25,7 +25,7 @@ from eval.prompts import (
     read_templates,
 )
 from eval.subject import Subject
-from eval.tasks import NEED_TEXT, NEED_TRAIN, TASKS
+from eval.tasks import NEED_TEXT, NEED_TRAIN, QUICK_PROBES, TASKS
 
 TEMPLATES_FILE = "zeroshot_classification_templates.txt"
 
@@ -56,7 +56,7 @@ def plan_set(
         ShardError, ValueError: what cannot be measured, and why.
     """
     config = complete(config)
-    own = config.tasks or tasks or _implied(config)
+    own = config.tasks or tasks or _implied(config, subject)
     if "retrieval" in own and config.caption_key is None and config.shards:
         config = replace(config, caption_key="txt")
     where = config.data or config.shards
@@ -132,9 +132,25 @@ def complete(config: EvaluationSetConfig) -> EvaluationSetConfig:
     return found
 
 
-def _implied(config: EvaluationSetConfig) -> list[str]:
+def _implied(config: EvaluationSetConfig, subject: Subject) -> list[str]:
+    """What a set asks for by its other settings; of a model without texts, the probes that are
+    quick to learn, where there is something to learn them from."""
+    if subject.encode_text is None:
+        probed = config.label_kind == "single" and _has_training_split(config)
+        return list(QUICK_PROBES) if probed else []
     named = {"zero_shot_classification": config.classnames, "retrieval": config.caption_key}
     return [task for task, setting in named.items() if setting]
+
+
+def _has_training_split(config: EvaluationSetConfig) -> bool:
+    """As far as that can be seen before the set is opened: tables show it then."""
+    if config.shards:
+        return bool(config.train_shards)
+    path = Path(config.data)
+    if path.suffix == ".json":
+        return False  # Karpathy's files have no labels
+    folder = path.is_dir() and not list(path.glob("**/*.parquet"))
+    return not folder or (path / config.train_split).is_dir()
 
 
 def _check_tasks(
@@ -143,6 +159,12 @@ def _check_tasks(
     unknown = [task for task in tasks if task not in TASKS]
     if unknown:
         raise ValueError(f"task '{unknown[0]}' is unknown: choose from {', '.join(TASKS)}")
+    if not tasks and subject.encode_text is None:
+        raise ValueError(
+            f"evaluation set '{where}' measures nothing: model '{subject.name}' has no text tower,"
+            " and probes need single labels and a training split: set train_shards, or give the"
+            f" folder of '{config.split}' one called '{config.train_split}' beside it"
+        )
     if not tasks:
         missing = config.data and not Path(config.data).exists()
         raise ValueError(
@@ -215,12 +237,20 @@ def _check_apart(test: SampleSet, train: SampleSet, where: str) -> None:
     if isinstance(test, EvaluationSet) and isinstance(train, EvaluationSet):
         same = bool({*test.index.paths} & {*train.index.paths})
     else:
-        same = test.fingerprint() == train.fingerprint()
+        same = isinstance(test, EntrySet) and isinstance(train, EntrySet) and _equal(test, train)
     if same:
         raise ValueError(
             f"evaluation set '{where}' has one split for learning and testing: give it a"
             " folder or a split for each (split, train_split, train_shards)"
         )
+
+
+def _equal(one: EntrySet, other: EntrySet) -> bool:
+    """Whether both hold the same samples. Pictures are read where all else is the same, and up to
+    the first that differ: splits are told apart without reading them."""
+    lists = [[(e.key, e.captions, e.labels) for e in samples.entries] for samples in (one, other)]
+    pairs = zip(one.entries, other.entries, strict=False)
+    return lists[0] == lists[1] and all(a.read() == b.read() for a, b in pairs)
 
 
 def _check_names(given: list[str], own: list[str], where: str) -> None:

@@ -19,7 +19,7 @@ def process() -> tuple[int, int]:
 
 
 def everybodys(own: T) -> list[T]:
-    """What every process has, in rank order; of a dataclass or plain values, sent by pickle."""
+    """What every process has, in rank order: values, dataclasses or CPU tensors, sent by pickle."""
     _, world = process()
     if world == 1:
         return [own]
@@ -34,19 +34,9 @@ def gather_variable(rows: Tensor) -> Tensor:
     Raises:
         RuntimeError: from torch, when trailing shapes differ between processes that have rows.
     """
-    _, world = process()
-    if world == 1:
-        return rows
-    parts: list[Tensor] = [torch.empty(0)] * world
-    distributed.all_gather_object(parts, rows)
-    return torch.cat([part for part in parts if len(part)] or [rows])
+    return torch.cat([part for part in everybodys(rows) if len(part)] or [rows])
 
 
 def gather_counts(counts: Counter[str]) -> Counter[str]:
     """Sum counts over all processes."""
-    _, world = process()
-    if world == 1:
-        return counts
-    parts: list[Counter[str]] = [Counter()] * world
-    distributed.all_gather_object(parts, counts)
-    return sum(parts, Counter())
+    return sum(everybodys(counts), Counter())

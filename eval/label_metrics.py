@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from eval.measurement import Measurement
+from eval.measurement import Interval, Measurement
 from eval.statistics import bootstrap_class_mean
 from eval.zero_shot import class_ranks
 
@@ -40,8 +40,10 @@ def measure_labels(
         `acc{k}`, `mean_per_class_recall`, and details.
 
     Raises:
-        ValueError: labels out of range, or no sample with a label.
+        ValueError: labels out of range, more or fewer than scores, or no sample with a label.
     """
+    if len(labels) != len(scores):
+        raise ValueError(f"{len(labels)} labels do not belong to the scores of {len(scores)}")
     several = labels.ndim == 2
     sets = labels if several else labels[:, None]
     check_labels(sets, scores.shape[1])
@@ -60,7 +62,7 @@ def measure_labels(
     truth = sets[:, 0].numpy()
     hits = ranks < 1
     measured.metrics["mean_per_class_recall"] = float(per_class_recall(hits, truth, classes)[1])
-    measured.ci95["mean_per_class_recall"] = bootstrap_class_mean(hits, truth)
+    measured.intervals.append(lambda: {"mean_per_class_recall": bootstrap_class_mean(hits, truth)})
     measured.samples[LABELS] = truth.astype(np.float64)
     measured.details |= _details(scores.argmax(1).numpy(), truth, classnames)
     return measured
@@ -158,24 +160,30 @@ def measure_multilabel(scores: Tensor, labels: Tensor, classnames: Sequence[str]
     values = scores.double().numpy()
     order = np.stack([np.lexsort((truth[:, c], -values[:, c])) for c in range(classes)], axis=1)
     sorted_truth = np.take_along_axis(truth, order, axis=0)
-    ones = np.ones(len(values))
-    each = _weighted_precision(sorted_truth, order, ones)
-    rng = np.random.default_rng(0)
-    draws = [
-        _weighted_precision(
-            sorted_truth, order, rng.multinomial(len(ones), ones / len(ones)).astype(np.float64)
-        ).mean()
-        for _ in range(_resamples(values.size))
-    ]
-    low, high = np.quantile(draws, (0.025, 0.975))
+    each = _weighted_precision(sorted_truth, order, np.ones(len(values)))
     measured = Measurement({"mean_average_precision": float(each.mean())})
-    measured.ci95["mean_average_precision"] = (float(low), float(high))
+    measured.intervals.append(
+        lambda: {"mean_average_precision": _precision_interval(sorted_truth, order)}
+    )
     worst = np.argsort(each, kind="stable")[:WORST]
     measured.details["worst_classes"] = [
         {"class": classnames[c], "average_precision": float(each[c]), "n": int(truth[:, c].sum())}
         for c in worst
     ]
     return measured
+
+
+def _precision_interval(truth: NDArray[np.bool_], order: NDArray[np.int64]) -> Interval:
+    """95 % bootstrap interval of the mean over classes; arguments as `_weighted_precision`."""
+    rng, size = np.random.default_rng(0), len(truth)
+    draws = [
+        _weighted_precision(
+            truth, order, rng.multinomial(size, np.ones(size) / size).astype(np.float64)
+        ).mean()
+        for _ in range(_resamples(truth.size))
+    ]
+    low, high = np.quantile(draws, (0.025, 0.975))
+    return float(low), float(high)
 
 
 def _resamples(size: int) -> int:

@@ -6,8 +6,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from eval.embedding import EmbeddedSet, embed
 from eval.evaluation_sets import PlannedSet
 from eval.measurement import Measurement
@@ -89,9 +87,7 @@ def _measure_set(
     train = None
     if planned.train is not None:
         train = embed(subject, planned.train, {"feature"}, size, workers, cache)
-    # In a training run, products here would else be made in its precision.
-    with torch.autocast("cpu", enabled=False):
-        return [_measure(task, planned, found, train, options) for task in planned.tasks]
+    return [_measure(task, planned, found, train, options) for task in planned.tasks]
 
 
 def _measure(

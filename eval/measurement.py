@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -17,23 +19,34 @@ Interval = tuple[float, float]
 class Measurement:
     """The figures of one task on one set.
 
-    `metrics` by name, None where undefined; `ci95` the bootstrap interval of those that have one;
-    `samples` the per-sample values whose means are the figures of the same name, for paired
-    comparisons; `details` whatever else is worth writing down, as JSON.
+    `metrics` by name, None where undefined; `samples` the per-sample values whose means are the
+    figures of the same name, for paired comparisons; `details` whatever else is worth writing down,
+    as JSON; `intervals` are functions that give intervals by name.
     """
 
     metrics: dict[str, float | None] = field(default_factory=dict)
-    ci95: dict[str, Interval] = field(default_factory=dict)
     samples: dict[str, NDArray[np.float64]] = field(default_factory=dict)
     details: dict[str, Any] = field(default_factory=dict)
+    intervals: list[Callable[[], dict[str, Interval]]] = field(default_factory=list)
+
+    @cached_property
+    def ci95(self) -> dict[str, Interval]:
+        """The 95 % interval of the figures that have one, resampled when it is asked for: records
+        show it, evaluations in training do not."""
+        return {name: bounds for give in self.intervals for name, bounds in give().items()}
 
     def add_means(self, columns: dict[str, NDArray[Any]]) -> None:
         """Add figures that are the means of per-sample values; all columns are equally long."""
         if not columns:
             return
         values = np.stack([np.asarray(column, np.float64) for column in columns.values()], axis=1)
-        intervals = bootstrap_means(values)
         for number, name in enumerate(columns):
             self.metrics[name] = float(values[:, number].mean())
-            self.ci95[name] = (float(intervals[number, 0]), float(intervals[number, 1]))
             self.samples[name] = values[:, number]
+        names = list(columns)
+
+        def intervals() -> dict[str, Interval]:
+            bounds = bootstrap_means(values).tolist()
+            return {name: (low, high) for name, (low, high) in zip(names, bounds, strict=True)}
+
+        self.intervals.append(intervals)

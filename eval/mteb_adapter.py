@@ -5,6 +5,8 @@ Needs the extra `mteb`; nothing else of this project imports this module.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from collections.abc import Iterable
 from typing import Any
@@ -79,13 +81,19 @@ class MtebEncoder(AbsEncoder):
 
 
 def model_meta(subject: Subject) -> ModelMeta:
-    """How mteb names a subject in its results; the revision is the hash of its weights."""
+    """How mteb names a subject in its results, which it keeps by name and revision.
+
+    The revision is a hash of all that embeddings depend on besides the inputs: weights,
+    architecture and tokens, precision and preprocessing.
+    """
+    parts = [subject.identity.fingerprint, subject.precision, subject.preprocess]
+    revision = hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
     name = re.sub(r"[^\w.-]+", "-", subject.name).strip("-")
     parameters = sum(p.numel() for p in subject.identity.model.parameters())
     return ModelMeta(
         loader=None,
         name=f"softmoe-clip/{name}",
-        revision=subject.identity.weights_sha256[:40],
+        revision=revision[:40],
         release_date=None,
         languages=None,
         n_parameters=parameters,

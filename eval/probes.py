@@ -30,6 +30,7 @@ class ProbeScores:
     details: dict[str, Any] = field(default_factory=dict)
 
 
+@torch.autocast("cpu", enabled=False)  # a training run evaluates under its own, which rounds
 def linear_probe(
     train: Features,
     test: Tensor,
@@ -138,6 +139,7 @@ def _descend(
 
 
 @torch.no_grad()
+@torch.autocast("cpu", enabled=False)
 def neighbour_scores(
     train: Features, test: Tensor, classes: int, k: int = 20, temperature: float = 0.07
 ) -> Tensor:

@@ -11,14 +11,13 @@ from eval.config import EvaluationSetConfig
 from eval.evaluation_sets import plan_set
 from eval.measure import measure_tasks
 from eval.subject import Subject
-from eval.tasks import NEED_TRAIN, ProbeOptions
+from eval.tasks import ProbeOptions, figure_name
 
 
 class ScheduledEvaluator:
     """Measures the tasks of one set; the processes share the embedding.
 
-    Figures have the names of the records; those of probes that are called the same as others begin
-    with the probe, as in `knn_acc1`.
+    Figures have the names that `figure_name` gives them.
 
     Args:
         config: the set; everything that can be refused is refused here.
@@ -45,9 +44,10 @@ class ScheduledEvaluator:
         """Figures of a model in eval mode."""
         subject = self.subject_of(model).for_set(self.planned.config.resize_mode)
         works = measure_tasks([replace(self.planned, subject=subject)], self.options)
-        figures: dict[str, float | None] = {}
-        for work in works:
-            prefix = f"{work.task}_" if work.task in NEED_TRAIN - {"few_shot"} else ""
-            figures |= {f"{prefix}{name}": value for name, value in work.measured.metrics.items()}
+        figures = {
+            figure_name(work.task, metric): value
+            for work in works
+            for metric, value in work.measured.metrics.items()
+        }
         skipped = works[0].found.skipped.total()
         return figures | ({"skipped": float(skipped)} if skipped else {})

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from eval.embedding import EmbeddedSet
 from eval.few_shot import L2_DEFAULT, best_l2, few_shot_hits, sparse_classes
 from eval.label_metrics import measure_labels, measure_multilabel
-from eval.measurement import Measurement
+from eval.measurement import Interval, Measurement
 from eval.probes import linear_probe, neighbour_scores
-from eval.retrieval import retrieval_ranks, unit_rows
-from eval.zero_shot import class_vectors
+from eval.retrieval import retrieval_ranks
+from eval.zero_shot import class_scores, class_vectors
 
 TASKS = {  # what of the pictures is embedded
     "zero_shot_classification": {"image"},
@@ -28,6 +28,13 @@ TASKS = {  # what of the pictures is embedded
 NAMES = {"zero_shot_classification": "zeroshot_classification", "retrieval": "zeroshot_retrieval"}
 NEED_TRAIN = {"few_shot", "linear_probe", "knn"}
 NEED_TEXT = {"zero_shot_classification", "retrieval"}
+QUICK_PROBES = ("few_shot", "knn")  # the linear probe learns for long
+
+
+def figure_name(task: str, metric: str) -> str:
+    """Name of a figure among those of all tasks of a set: where probes and zero-shot classification
+    give metrics of one name, those of probes begin with the probe, as in `knn_acc1`."""
+    return f"{task}_{metric}" if task in ("linear_probe", "knn") else metric
 
 
 @dataclass(frozen=True)
@@ -50,9 +57,7 @@ def measure_zero_shot(
 ) -> Measurement:
     """Cosine of pictures and class vectors; `label_kind` is single, any (ReaL) or multi."""
     vectors = class_vectors(encode_text, prompts, batch_size).cpu()
-    pool = unit_rows(vectors, "class vectors")
-    parts = found.rows["image"].split(4096)
-    scores = torch.cat([(unit_rows(part, "images") @ pool.T).float() for part in parts])
+    scores = class_scores(found.rows["image"], vectors)
     if label_kind == "multi":
         return measure_multilabel(scores, found.labels, classnames)
     labels = found.labels if label_kind == "any" else single_labels(found)
@@ -93,7 +98,7 @@ def measure_retrieval(found: EmbeddedSet, ks: Sequence[int] = (1, 5, 10)) -> Mea
         columns[f"{name}_average_precision"] = np.asarray(precision[side])
         measured.add_means(columns)
         measured.metrics[f"{name}_median_rank"] = float(np.median(values)) + 1
-        measured.ci95[f"{name}_median_rank"] = _median_interval(values + 1)
+        measured.intervals.append(partial(_median_interval, f"{name}_median_rank", values + 1))
         pool = len(directions["image" if side == "text" else "text"])
         beyond = [k for k in ks if k > pool]
         if beyond:
@@ -113,12 +118,12 @@ def measure_retrieval(found: EmbeddedSet, ks: Sequence[int] = (1, 5, 10)) -> Mea
     return measured
 
 
-def _median_interval(values: np.ndarray) -> tuple[float, float]:
+def _median_interval(name: str, values: np.ndarray) -> dict[str, Interval]:
     """95 % interval of the median from order statistics, as the bootstrap's but without draws."""
     ordered = np.sort(values)
     half = 1.96 * np.sqrt(len(ordered)) / 2
     low, high = int(len(ordered) / 2 - half), int(np.ceil(len(ordered) / 2 + half))
-    return float(ordered[max(low, 0)]), float(ordered[min(high, len(ordered) - 1)])
+    return {name: (float(ordered[max(low, 0)]), float(ordered[min(high, len(ordered) - 1)]))}
 
 
 def probe_splits(

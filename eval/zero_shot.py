@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from eval.retrieval import check_indices, check_scores, check_width, unit_rows
+from eval.retrieval import check_scores, check_width, unit_rows
 
 TIE_RULE = "index"  # as records call it
 
@@ -69,67 +69,29 @@ def class_vectors(
 
 
 @torch.no_grad()
-def zero_shot_metrics(
-    image_embeddings: Tensor,
-    labels: Tensor,
-    vectors: Tensor,
-    topk: Sequence[int] = (1, 5),
-    chunk: int = 4096,
-) -> dict[str, float | None]:
-    """Accuracy and mean per-class recall; arguments as `zero_shot_ranks`.
-
-    Returns:
-        What `accuracy_from_ranks` returns.
-
-    Raises:
-        ValueError: as `zero_shot_ranks` and `accuracy_from_ranks`.
-    """
-    ranks = zero_shot_ranks(image_embeddings, labels, vectors, chunk)
-    return accuracy_from_ranks(ranks, labels, len(vectors), topk)
-
-
-@torch.no_grad()
-def zero_shot_ranks(
-    image_embeddings: Tensor, labels: Tensor, vectors: Tensor, chunk: int = 4096
-) -> Tensor:
-    """Rank each image's own class among all classes by cosine similarity.
+def class_scores(image_embeddings: Tensor, vectors: Tensor, chunk: int = 4096) -> Tensor:
+    """Cosine of each image with each class.
 
     The logit scale and bias are left out: they change no rank.
 
     Args:
         image_embeddings: (N, d) floating point, of any scale.
-        labels: (N,) int64 in [0, C).
-        vectors: (C, d) from `class_vectors`.
-        chunk: Images scored at once; memory grows with chunk * C.
+        vectors: (C, d) from `class_vectors`, on the same device.
+        chunk: Images scored at once; they are copied in float64.
 
     Returns:
-        (N,) int64, 0-based: sample i is right at top k if ranks[i] < k.
+        (N, C) float32.
 
     Raises:
-        ValueError: shapes that do not fit, an embedding that is not finite, or a label out of
-            range.
+        ValueError: widths that differ, no row, or an embedding that is not finite.
     """
-    images = unit_rows(image_embeddings, "image_embeddings")
-    pool = unit_rows(vectors, "vectors").to(images.device)
-    labels = labels.to(images.device)
-    if labels.shape != images.shape[:1]:
-        raise ValueError(
-            f"labels have shape {tuple(labels.shape)}; they need one class index for each of the "
-            f"{len(images)} images"
-        )
-    check_indices(labels, len(pool), "labels")
-    check_width(images, pool)
-    if chunk < 1:
-        raise ValueError(f"chunk must be at least 1, got {chunk}")
-    classes = torch.arange(len(pool), device=pool.device)
-    ranks = []
-    for part, own in zip(images.split(chunk), labels.split(chunk), strict=True):
-        # Matrix kernels add up edge tiles in another order, so float32 products of equal rows can
-        # differ in the last bit and break ties at random. Rounding a float64 product removes that,
-        # and TF32 and autocast do not touch float64.
-        scores = (part @ pool.T).float()
-        ranks.append(class_ranks(scores, own[:, None] == classes))
-    return torch.cat(ranks)
+    pool = unit_rows(vectors, "class vectors")
+    check_width(image_embeddings, pool)
+    # Matrix kernels add up edge tiles in another order, so float32 products of equal rows can
+    # differ in the last bit and break ties at random. Rounding a float64 product removes that,
+    # and TF32 and autocast do not touch float64.
+    parts = image_embeddings.split(chunk)
+    return torch.cat([(unit_rows(part, "images") @ pool.T).float() for part in parts])
 
 
 def class_ranks(scores: Tensor, right: Tensor) -> Tensor:
@@ -159,7 +121,7 @@ def accuracy_from_ranks(
     """Summarise ranks under the names of CLIP_benchmark.
 
     Args:
-        ranks: (N,) int64 from `zero_shot_ranks`.
+        ranks: (N,) int64 from `class_ranks`.
         labels: (N,) int64.
         num_classes: C.
         topk: The k of the accuracies.

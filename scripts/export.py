@@ -56,17 +56,21 @@ def export(config: Export) -> None:
     out = _check(config)
     from encoders.export.hub_upload import upload, upload_listing
     from encoders.export.model_card import write_card
+    from eval.subject import weights_hash
     from scripts.export_card import describe
-    from scripts.export_source import find_source
+    from scripts.export_source import find_source, run_facts
 
     source = find_source(config.model)
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        model = _write(config, source, partial, out)
+        opened = _open(config, source)
+        # Before it is written, which may leave parts of the model behind.
+        run = run_facts(source, weights_hash(opened.model), config.weights)
+        model = _write(config, opened, partial, out)
         card = describe(
-            model, source, config.to, str(out), config.license, config.push, config.weights
+            model, run, config.to, str(out), config.license, config.push, config.weights
         )
         write_card(card, partial)
         if out.exists():
@@ -108,26 +112,28 @@ def _check(config: Export) -> Path:
     return out
 
 
-def _write(config: Export, source: Any, folder: Path, out: Path) -> Any:
-    """The folder without its card; returns the model."""
-    from encoders.export.model import ExportError, image_tower
-    from encoders.export.timm_folder import write_timm
+def _open(config: Export, source: Any) -> Any:
+    """The dual encoder or classifier of the checkpoint, with the weights that are asked for."""
+    from encoders.export.model import ExportError
     from scripts.export_source import choose_weights, open_classifier, open_dual_encoder
 
-    if not source.is_dual_encoder:
-        if config.to != "timm":
-            raise ExportError(
-                f"'{source.folder}' is an image classifier, without texts: choose --to timm, which"
-                " transformers opens, too"
-            )
-        classifier = open_classifier(source)
-        choose_weights(classifier.model, source, config.weights)
-        write_timm(classifier, folder)
-        return classifier
-    encoder = open_dual_encoder(source)
-    choose_weights(encoder.model, source, config.weights)
+    if not source.is_dual_encoder and config.to != "timm":
+        raise ExportError(
+            f"'{source.folder}' is an image classifier, without texts: choose --to timm, which"
+            " transformers opens, too"
+        )
+    opened = open_dual_encoder(source) if source.is_dual_encoder else open_classifier(source)
+    choose_weights(opened.model, source, config.weights)
+    return opened
+
+
+def _write(config: Export, encoder: Any, folder: Path, out: Path) -> Any:
+    """The folder without its card; returns the model, of which timm gets the image tower alone."""
+    from encoders.export.model import DualEncoder, image_tower
+    from encoders.export.timm_folder import write_timm
+
     if config.to == "timm":
-        image = image_tower(encoder)
+        image = image_tower(encoder) if isinstance(encoder, DualEncoder) else encoder
         write_timm(image, folder)
         return image
     if config.to == "open_clip":

@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from encoders.export.model import DualEncoder, ImageModel
-from encoders.export.model_card import Card
+from encoders.export.model_card import Card, RunFacts
 from encoders.routed_layer import RoutedLayer
 from encoders.variants import VARIANTS
-from scripts.export_source import Source, run_facts
 
 IMPORT = "import encoders  # of softmoe-clip: registers the image towers with timm\n"
 HUB_IMPORT = "from huggingface_hub import snapshot_download\n"
@@ -56,7 +55,7 @@ CODE = {
     "onnx": ONNX,
 }
 WEIGHTS = {
-    "average": {"weights": "moving average; figures of the run that begin with ema/ are its own"},
+    "average": {"weights": "moving average"},
     "training": {"weights": "those in training, not their moving average"},
 }
 OWN_CODE = (
@@ -72,7 +71,7 @@ CENTRE = (
 
 def describe(
     model: DualEncoder | ImageModel,
-    source: Source,
+    run: RunFacts,
     target: str,
     out: str,
     licence: str | None,
@@ -99,7 +98,7 @@ def describe(
         code=code,
         model=_facts(model) | WEIGHTS.get(weights, {}),
         routers=_routers(model.model if isinstance(model, DualEncoder) else image),
-        run=run_facts(source),
+        run=run,
         limits=_limits(model, target, hub_name),
         pipeline="image-classification" if classifier else None,
     )

@@ -17,6 +17,7 @@ from encoders.variants import VARIANTS
 from eval.image_tower import TIMM_FILE, open_image_tower
 from eval.open_model import CONFIG_FILE, WEIGHTS_FILE, open_model
 from eval.prompts import read_classnames
+from eval.tasks import figure_name
 from training.checkpoint import (
     STATE,
     CheckpointError,
@@ -26,6 +27,7 @@ from training.checkpoint import (
     read_state,
     verify_checkpoint,
 )
+from training.ema import AVERAGED
 from training.run_directory import SETTINGS
 from training.saving import AVERAGE, TRAINED
 
@@ -154,6 +156,11 @@ def choose_weights(model: Any, source: Source, which: str) -> None:
     load_weights(model, whole | tensors | typed, str(average))  # refuses those of other models
 
 
+def _are_averaged(source: Source, which: str) -> bool:
+    """Whether `choose_weights` leaves the moving average in the model."""
+    return which == "average" or (which == "checkpoint" and (source.folder / TRAINED).is_file())
+
+
 def other_weights(which: str) -> Callable[[Any, str], None] | None:
     """What puts weights into a model that was opened from a checkpoint; None leaves it alone.
 
@@ -184,17 +191,23 @@ def run_settings(source: Source) -> dict[str, Any]:
     return yaml.safe_load((source.run / SETTINGS).read_text(encoding="utf-8")) or {}
 
 
-def run_facts(source: Source) -> RunFacts:
-    """All that the run directory tells about the checkpoint."""
+def run_facts(source: Source, weights_sha256: str, which: str) -> RunFacts:
+    """All that the run directory tells about the checkpoint and the weights taken from it.
+
+    Args:
+        weights_sha256: `weights_hash` of the opened model with these weights.
+        which: they are, as for `choose_weights`.
+    """
     if source.run is None:
         return RunFacts()
     settings, state = run_settings(source), read_state(source.folder)
     environment = source.run / "env.json"
     known = _read_json(environment) if environment.is_file() else {}
     step = state["step"]
-    figures, when = _recorded(source.run / RECORDS, source.folder.name), step
+    averaged = _are_averaged(source, which)
+    figures, when = _recorded(source.run / RECORDS, weights_sha256), step
     if not figures:
-        figures, when = _logged(source.run / "eval.jsonl", step)
+        figures, when = _logged(source.run / "eval.jsonl", step, averaged)
     return RunFacts(
         step=step,
         samples=state.get("samples"),
@@ -203,6 +216,7 @@ def run_facts(source: Source) -> RunFacts:
         settings=settings,
         figures=figures,
         figures_step=when,
+        averaged=averaged,
         versions=known.get("packages") or {},
     )
 
@@ -224,13 +238,17 @@ def _data(data: Mapping[str, Any], stream: Mapping[str, Any]) -> str | None:
     return words if count is None else f"{words} ({count:,} samples)"
 
 
-def _recorded(path: Path, checkpoint: str) -> list[Figure]:
-    """What the evaluation command measured of the checkpoint of that name, with intervals."""
+def _recorded(path: Path, weights_sha256: str) -> list[Figure]:
+    """What the evaluation command measured of these very weights, with intervals."""
     records = _read_json(path) if path.is_file() else []
     return [
-        Figure(f"{record['dataset']}/{name}", float(value), _interval(record, name))
+        Figure(
+            f"{record['dataset']}/{figure_name(record['task'], name)}",
+            float(value),
+            _interval(record, name),
+        )
         for record in records
-        if Path(record["pretrained"]).name == checkpoint
+        if record.get("weights_sha256") == weights_sha256
         for name, value in record["metrics"].items()
         if value is not None
     ]
@@ -241,8 +259,9 @@ def _interval(record: Mapping[str, Any], name: str) -> tuple[float, float] | Non
     return None if bounds is None else (float(bounds[0]), float(bounds[1]))
 
 
-def _logged(path: Path, step: int) -> tuple[list[Figure], int | None]:
-    """Those of the last evaluation during training up to `step`, and its step."""
+def _logged(path: Path, step: int, averaged: bool) -> tuple[list[Figure], int | None]:
+    """Of the last evaluation during training up to `step` the figures of the averaged weights, or
+    else of those in training, and its step."""
     rows = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
         try:
@@ -251,15 +270,17 @@ def _logged(path: Path, step: int) -> tuple[list[Figure], int | None]:
             continue  # torn by a kill
         if isinstance(row, dict) and isinstance(row.get("step"), int) and row["step"] <= step:
             rows.append(row)
-    if not rows:
-        return [], None
-    row = max(rows, key=lambda found: found["step"])
-    figures = [
-        Figure(name, float(value))
-        for name, value in row.items()
-        if "/" in name and isinstance(value, int | float)
-    ]
-    return figures, row["step"]
+    for row in sorted(rows, key=lambda found: found["step"], reverse=True):
+        figures = [
+            Figure(name.removeprefix(AVERAGED), float(value))
+            for name, value in row.items()
+            if "/" in name
+            and name.startswith(AVERAGED) == averaged
+            and isinstance(value, int | float)
+        ]
+        if figures:
+            return figures, row["step"]
+    return [], None
 
 
 def _read_json(path: Path) -> Any:

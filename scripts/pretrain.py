@@ -90,15 +90,20 @@ def train(config: PretrainRun) -> None:
 def _evaluator(
     item: EvaluationSetConfig, config: PretrainRun, model: Any, classes: list[str]
 ) -> Any:
-    """Accuracy of the classifier, or the tasks that a set names."""
+    """The tasks that a set names; without them the accuracy of the classifier on shards of its
+    classes, and probes of its features on other sets."""
     from eval.classification import ClassificationEvaluator
+    from eval.evaluation_sets import complete
     from eval.image_tower import ImageTower
+    from eval.prompts import read_classnames
     from eval.scheduled import ScheduledEvaluator
     from eval.subject import Caller, Subject, from_tower
 
     settings = model.pretrained_cfg
     size, mean, std = settings["input_size"][-1], tuple(settings["mean"]), tuple(settings["std"])
-    if not item.tasks:
+    item = complete(item)
+    fits = not item.classnames or len(read_classnames(item.classnames)) == len(classes)
+    if item.shards and fits and not item.tasks:
         return ClassificationEvaluator(item, size, classes, mean, std)
 
     def subject_of(model: Any) -> Subject:

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+AVERAGED = "ema/"  # begins the names of figures of the averaged weights
+
 
 class WeightAverage:
     """Average of the trained parameters of a module, in float32 or wider, beside them.

@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator
 
 from training.checkpoint import restore_random_state
-from training.ema import WeightAverage
+from training.ema import AVERAGED, WeightAverage
 from training.objective import Evaluator, Objective
 from training.parallel import Layout
 
@@ -45,7 +45,7 @@ class Evaluation:
             figures = self._figures("")
             if self.average is not None:
                 with self.average.in_place():
-                    figures |= self._figures("ema/")
+                    figures |= self._figures(AVERAGED)
         finally:
             restore_random_state(outside)
             self.objective.train(was_training)

@@ -11,6 +11,7 @@ from accelerate import Accelerator
 
 from training.config import OptimizerConfig, ScheduleConfig, TrainConfig
 from training.durations import duration_text, is_time, seconds, to_steps
+from training.ema import AVERAGED
 from training.finite import FiniteGuard
 from training.objective import Objective
 from training.parallel import Layout
@@ -121,6 +122,8 @@ def check_settings(
         seconds(train.max_time, "train.max_time")
     if len(set(sets)) < len(sets):
         raise ValueError(f"evaluation: give each set a name of its own, got {', '.join(sets)}")
+    if any(f"{name}/".startswith(AVERAGED) for name in sets):
+        raise ValueError(f"evaluation: {AVERAGED} marks averaged weights: rename the set")
     if train.batch_size % (processes * train.accumulation):
         raise ValueError(
             f"train.batch_size {train.batch_size} cannot be divided into {processes} processes"

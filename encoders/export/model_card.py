@@ -44,8 +44,9 @@ class RunFacts:
         data: what the run read, in words, such as a pattern of shards.
         command: words of the command line.
         settings: resolved settings of the run, by section.
-        figures: of the last evaluation at or before the step.
-        figures_step: when that was.
+        figures: of these weights, or those in training up to the step.
+        figures_step: of the weights that were measured.
+        averaged: whether the weights, and those that were measured, are a moving average.
         versions: of packages.
     """
 
@@ -56,6 +57,7 @@ class RunFacts:
     settings: Mapping[str, Any] = field(default_factory=dict)
     figures: Sequence[Figure] = ()
     figures_step: int | None = None
+    averaged: bool = False
     versions: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -156,12 +158,11 @@ def _figures(run: RunFacts) -> str:
         )
         for figure in run.figures
     ]
-    of = (
-        "this checkpoint"
-        if run.figures_step == run.step
-        else f"the run (of step {run.figures_step})"
-    )
-    return f"Measured on {of}:\n\n" + _table(("figure", "value", "95 % interval"), rows)
+    kind = "the moving average" if run.averaged else "the weights in training"
+    of = f"Measured on {kind} (of step {run.figures_step})"
+    if run.figures_step != run.step:
+        of += f", not on the weights of this folder, which are of step {run.step}"
+    return f"{of}:\n\n" + _table(("figure", "value", "95 % interval"), rows)
 
 
 def _licence(licence: str | None) -> str:

@@ -84,6 +84,35 @@ def test_probes_do_not_learn_from_what_they_are_tested_on(tmp_path: Path) -> Non
         plan_set(config, SUBJECT)
 
 
+@pytest.mark.parametrize(("count", "reads"), [(3, 0), (2, 2)])
+def test_splits_are_told_apart_without_reading_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int, reads: int
+) -> None:
+    """By names and labels, or by the first pictures where those are the same."""
+    write_folder(tmp_path, "train", *COLOURS, count=count)
+    write_folder(tmp_path, "test", *COLOURS, shade=3)
+    read: list[Path] = []
+    original = Path.read_bytes
+
+    def counting(path: Path) -> bytes:
+        read.append(path)
+        return original(path)
+
+    monkeypatch.setattr(Path, "read_bytes", counting)
+    plan_set(EvaluationSetConfig(data=str(tmp_path), tasks=["knn"]), SUBJECT)
+    assert len(read) == reads
+
+
+def test_one_other_picture_makes_another_split(tmp_path: Path) -> None:
+    write_folder(tmp_path, "train", *COLOURS)
+    write_folder(tmp_path, "test", *COLOURS)
+    config = EvaluationSetConfig(data=str(tmp_path), tasks=["knn"])
+    with pytest.raises(ValueError, match="one split for learning and testing"):
+        plan_set(config, SUBJECT)
+    picture("red", 50).save(tmp_path / "test" / "red" / "1.png")
+    plan_set(config, SUBJECT)
+
+
 @pytest.fixture
 def saved(tmp_path: Path) -> Callable[..., str]:
     def save(labels: list[Any], feature: Any, **columns: Any) -> str:

@@ -87,7 +87,7 @@ def test_cards_keep_what_lets_one_into_a_store_to_themselves() -> None:
     assert "'--data.shards=https://data.example/{00..09}.tar?...'" in text  # as a shell wants it
 
 
-def test_the_card_takes_intervals_from_the_evaluation_of_the_same_checkpoint(
+def test_the_card_takes_intervals_from_the_evaluation_of_the_same_weights(
     exports: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
@@ -104,7 +104,7 @@ def test_the_card_takes_intervals_from_the_evaluation_of_the_same_checkpoint(
     export.main([str(checkpoint), f"--out={tmp_path}/out"])
     text = (tmp_path / "out" / "README.md").read_text()
     assert f"| own/text_retrieval_recall@1 | {value:.4f} | {low:.4f} to {high:.4f} |" in text
-    record.write_text(json.dumps([measured | {"pretrained": "run/checkpoints/step_00000001"}]))
+    record.write_text(json.dumps([measured | {"weights_sha256": "0" * 64}]))
     export.main([str(checkpoint), f"--out={tmp_path}/other"])
     assert "own/text_retrieval" not in (tmp_path / "other" / "README.md").read_text()
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from scripts import evaluate, pretrain, train_contrastive
 from tests.tiny_models import write_dual_encoder
@@ -78,6 +80,65 @@ def test_probes_of_a_classifier_beside_its_own_accuracy(shards: Path, tmp_path: 
     pretrain.main(words)
     assert_same(tmp_path / "run", own, {"10shot_acc1", "linear_probe_acc1", "knn_acc5"})
     assert "plain/acc1" in figures_of_the_run(tmp_path / "run")
+
+
+def write_folder(root: Path, *splits: str) -> Path:
+    """Pictures of two colours in each split of an image folder."""
+    for shade, split in enumerate(splits):
+        for name, colour in (("red", (220, 40, 40)), ("blue", (50, 60, 220))):
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for number in range(4):
+                pixels = tuple(value - 8 * number - shade for value in colour)
+                Image.new("RGB", (16, 16), pixels).save(folder / f"{number}.png")
+    return root
+
+
+def test_sets_of_pretraining_that_name_no_tasks(shards: Path, tmp_path: Path) -> None:
+    """Shards of its classes, a folder, and shards of other classes in CLIP_benchmark's layout."""
+    folder = write_folder(tmp_path / "folder", "train", "test")
+    other = tmp_path / "other"
+    for split, number in (("train", 0), ("test", 1)):
+        (other / split).mkdir(parents=True)
+        shutil.copy(shards / f"train-{number}.tar", other / split)
+    names = (shards / "classnames.txt").read_text()
+    (other / "classnames.txt").write_text(f"{names}black\n")
+    plain = {"name": "plain", "shards": f"{shards}/train-1.tar"}
+    sets = [plain, {"data": str(folder)}, {"data": str(other)}]
+    pretrain.main([
+        *settings(shards, tmp_path / "run", *sets), f"--model.name={TEST}",
+        f"--data.classnames={shards}/classnames.txt", "--train.ema_decay=0",
+    ])  # fmt: skip
+    logged = figures_of_the_run(tmp_path / "run")
+    probes = {"10shot_acc1", "knn_acc1", "knn_acc5", "knn_mean_per_class_recall"}
+    expected = {"plain": {"acc1", "acc5", "mean_per_class_recall"}, "folder": probes}
+    for own, figures in (expected | {"other": probes}).items():
+        assert {n.removeprefix(f"{own}/") for n in logged if n.startswith(f"{own}/")} == figures
+    assert logged["folder/knn_acc1"] == 1.0
+
+    # The evaluation command takes the same of this model.
+    config = evaluate.parse_config(
+        evaluate.EvaluateRun, [f"--model={tmp_path / 'run'}", f"--data={folder}", "--threads=1"], ""
+    )
+    records = evaluate.evaluate(config)
+    assert [record["task"] for record in records] == ["few_shot", "knn"]
+
+
+def test_an_image_encoder_has_nothing_to_measure_without_a_training_split(
+    shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = write_folder(tmp_path / "folder", "test")
+    (tmp_path / "two.txt").write_text("red\nblue\n")
+    others = {"shards": f"{shards}/train-1.tar", "classnames": str(tmp_path / "two.txt")}
+    for number, own in enumerate(({"data": str(folder)}, others)):
+        with pytest.raises(SystemExit):
+            pretrain.main([
+                *settings(shards, tmp_path / f"run{number}", own), f"--model.name={TEST}",
+                f"--data.classnames={shards}/classnames.txt",
+            ])  # fmt: skip
+        (line,) = capsys.readouterr().err.splitlines()
+        assert "measures nothing" in line
+        assert "has no text tower, and probes need single labels and a training split" in line
 
 
 def test_a_run_without_an_average_has_none(

@@ -62,6 +62,16 @@ def test_two_evaluation_sets_of_one_name_are_refused(tmp_path: Path) -> None:
         make_trainer(tmp_path, evaluators=(Probe(), Probe()))
 
 
+@pytest.mark.parametrize("name", ["ema", "ema/probe"])
+def test_no_evaluation_set_is_called_as_figures_of_averaged_weights(
+    tmp_path: Path, name: str
+) -> None:
+    evaluator = Probe()
+    evaluator.name = name
+    with pytest.raises(ValueError, match="ema/ marks averaged weights: rename the set"):
+        make_trainer(tmp_path, evaluators=(evaluator,))
+
+
 def test_skipped_samples_are_counted_in_the_metrics(tmp_path: Path) -> None:
     make_trainer(tmp_path).fit()
     counts = [row.get("skipped") for row in metrics(tmp_path)]
