@@ -31,6 +31,13 @@ class Entry:
     captions: list[str] = field(default_factory=list)
     labels: list[int] = field(default_factory=list)
 
+    def content(self) -> bytes:
+        """What tells the picture from others: its bytes, or the reason why there are none."""
+        try:
+            return self.read()
+        except SkipSample as reason:
+            return str(reason).encode()
+
 
 class EntrySet(SampleSet):
     """Samples that are listed in memory and read one by one.
@@ -63,11 +70,7 @@ class EntrySet(SampleSet):
             digest = hashlib.sha256()
             for entry in self.entries:
                 line = json.dumps([entry.key, entry.captions, entry.labels])
-                try:
-                    data = entry.read()
-                except SkipSample as reason:
-                    data = str(reason).encode()
-                digest.update(line.encode() + hashlib.sha256(data).digest())
+                digest.update(line.encode() + hashlib.sha256(entry.content()).digest())
             self._content = digest.hexdigest()[:16]
         return self._content
 

@@ -250,7 +250,7 @@ def _equal(one: EntrySet, other: EntrySet) -> bool:
     the first that differ: splits are told apart without reading them."""
     lists = [[(e.key, e.captions, e.labels) for e in samples.entries] for samples in (one, other)]
     pairs = zip(one.entries, other.entries, strict=False)
-    return lists[0] == lists[1] and all(a.read() == b.read() for a, b in pairs)
+    return lists[0] == lists[1] and all(a.content() == b.content() for a, b in pairs)
 
 
 def _check_names(given: list[str], own: list[str], where: str) -> None:

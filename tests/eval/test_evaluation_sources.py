@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from data_pipelines.image_folder import read_file
 from data_pipelines.shards import ShardError
 from eval.config import EvaluationSetConfig
 from eval.embedding import embed
@@ -92,13 +93,12 @@ def test_splits_are_told_apart_without_reading_them(
     write_folder(tmp_path, "train", *COLOURS, count=count)
     write_folder(tmp_path, "test", *COLOURS, shade=3)
     read: list[Path] = []
-    original = Path.read_bytes
 
     def counting(path: Path) -> bytes:
         read.append(path)
-        return original(path)
+        return read_file(path)
 
-    monkeypatch.setattr(Path, "read_bytes", counting)
+    monkeypatch.setattr("data_pipelines.image_folder.read_file", counting)
     plan_set(EvaluationSetConfig(data=str(tmp_path), tasks=["knn"]), SUBJECT)
     assert len(read) == reads
 
@@ -111,6 +111,9 @@ def test_one_other_picture_makes_another_split(tmp_path: Path) -> None:
         plan_set(config, SUBJECT)
     picture("red", 50).save(tmp_path / "test" / "red" / "1.png")
     plan_set(config, SUBJECT)
+    (tmp_path / "test" / "red" / "1.png").unlink()
+    (tmp_path / "test" / "red" / "1.png").symlink_to(tmp_path / "nowhere")
+    plan_set(config, SUBJECT)  # one that cannot be read is another, too
 
 
 @pytest.fixture
