@@ -16,6 +16,7 @@ from data_pipelines.captions import class_indices_of, label_of, member_of, read_
 from data_pipelines.config import ClassificationConfig
 from data_pipelines.gpu_decode import GpuPictures
 from data_pipelines.image_folder import ImageFolder
+from data_pipelines.read_ahead import ReadAhead
 from data_pipelines.sample_index import SampleIndex
 from data_pipelines.shard_reader import Bytes, ShardReader
 from data_pipelines.shards import FieldError, ShardError, open_shards
@@ -245,8 +246,10 @@ class ClassificationLoader:
         num_classes: int,
     ) -> None:
         self.source, self.num_classes = source, num_classes
-        self.reader = source.reader if isinstance(source, Shards) else None
         self.labels = config.labels
+        self.records = ReadAhead(self._read, source.reader if isinstance(source, Shards) else None)
+        # A tensor made of a number takes ten times as long as one taken out of another.
+        self._numbers = torch.arange(num_classes)
         kind = GpuPictures if config.gpu_decoding else TrainingPictures
         self.pictures = kind(config, config.augmentation, image_size)
 
@@ -255,23 +258,27 @@ class ClassificationLoader:
         if isinstance(self.pictures, TrainingPictures):
             self.pictures.start_batch(count)
 
+    def read_ahead(self, samples: Sequence[int]) -> None:
+        """Read a few samples that are loaded next."""
+        self.records.fetch(samples)
+
     def __call__(self, sample: int) -> dict[str, Any]:
         try:
-            label = self._label(self.source.label(sample))
+            label, key, data = self.records.take(sample)
         except FieldError as error:
             raise SkipSample(str(error)) from error
-        return {
-            "image": self.pictures(self.source.picture(sample)),
-            "label": label,
-            "key": self.source.key(sample),
-        }
+        return {"image": self.pictures(data), "label": label, "key": key}
+
+    def _read(self, sample: int) -> tuple[Tensor, str, Bytes]:
+        label = self._label(self.source.label(sample))
+        return label, self.source.key(sample), self.source.picture(sample)
 
     def _label(self, value: object) -> Tensor:
         if self.labels == "vector":
             return vector_of(value, self.num_classes)
         if self.labels == "indices":
             return class_indices_of(value, self.num_classes)
-        return torch.tensor(label_of(value, self.num_classes))
+        return self._numbers[label_of(value, self.num_classes)]
 
 
 def classification_stream(

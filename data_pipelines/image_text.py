@@ -3,8 +3,8 @@ evaluation counterpart."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,7 +13,6 @@ from data_pipelines.cached_embeddings import CachedEmbeddings, Side
 from data_pipelines.captions import (
     captions_by_field,
     check_weights,
-    draw_caption,
     draw_number,
     draw_weighted,
     group_of,
@@ -24,6 +23,8 @@ from data_pipelines.captions import (
 )
 from data_pipelines.config import AugmentationConfig, ImageTextConfig
 from data_pipelines.gpu_decode import GpuPictures
+from data_pipelines.read_ahead import ReadAhead
+from data_pipelines.shard_reader import Bytes
 from data_pipelines.shards import FieldError, ShardIndex, ShardReader, open_shards
 from data_pipelines.stream import SkipSample, Stream
 from data_pipelines.training_pictures import TrainingPictures, read_picture
@@ -31,6 +32,15 @@ from data_pipelines.transforms import RECIPES, changes_at_random, recipe_of
 
 Tokenize = Callable[[list[str]], Tensor]
 REMEMBERED_CAPTIONS = 65_536
+
+
+class _Record(NamedTuple):
+    """What is stored of a sample; nothing in place of what a cached embedding stands for."""
+
+    key: str
+    captions: list[list[str]]  # of each field that a caption may be drawn from
+    group: Tensor | None
+    data: Bytes | None
 
 
 class ImageTextLoader:
@@ -68,6 +78,7 @@ class ImageTextLoader:
         self.pictures: TrainingPictures | GpuPictures = self.decoded
         if config.gpu_decoding and "image" not in self.cached:
             self.pictures = GpuPictures(config, config.augmentation, image_size)
+        self.records = ReadAhead(self._read, self.reader)
         self._tokens: dict[str, Tensor] = {}
 
     def start_batch(self, count: int) -> None:
@@ -75,36 +86,47 @@ class ImageTextLoader:
         if isinstance(self.pictures, TrainingPictures) and "image" not in self.cached:
             self.pictures.start_batch(count)
 
+    def read_ahead(self, samples: Sequence[int]) -> None:
+        """Read a few samples that are loaded next."""
+        self.records.fetch(samples)
+
     def __call__(self, sample: int) -> dict[str, Any]:
-        config, reader = self.config, self.reader
         try:
-            text = self._text(sample)
-            fields: dict[str, Any] = {"key": str(reader.index.keys[sample])}
-            if config.group_key is not None:
-                value = read_field(reader, sample, config.group_key)
-                fields["group"] = torch.tensor(group_of(value))
-            return fields | text | self._image(sample)
+            record = self.records.take(sample)
+            fields: dict[str, Any] = {"key": record.key}
+            if record.group is not None:
+                fields["group"] = record.group
+            return fields | self._text(sample, record) | self._image(sample, record)
         except FieldError as error:
             raise SkipSample(str(error)) from error
 
-    def _image(self, sample: int) -> dict[str, Any]:
+    def _read(self, sample: int) -> _Record:
+        config, reader = self.config, self.reader
+        captions: list[list[str]] = []
+        if "text" not in self.cached and config.caption_weights:
+            captions = captions_by_field(reader, sample, config.caption_key)
+        elif "text" not in self.cached:
+            captions = [read_captions(reader, sample, config.caption_key)]
+        group = None
+        if config.group_key is not None:
+            group = torch.tensor(group_of(read_field(reader, sample, config.group_key)))
+        data = None
         if "image" not in self.cached:
-            data = read_picture(self.reader, sample, self.config.image_keys)
-            return {"image": self.pictures(data)}
+            data = read_picture(reader, sample, config.image_keys)
+        return _Record(str(reader.index.keys[sample]), captions, group, data)
+
+    def _image(self, sample: int, record: _Record) -> dict[str, Any]:
+        if record.data is not None:
+            return {"image": self.pictures(record.data)}
         self.cached["image"].count(sample)
         return {"image_embedding": self.cached["image"].row(sample)}
 
-    def _text(self, sample: int) -> dict[str, Tensor]:
-        if "text" not in self.cached:
-            return {"text": self._tokenize(self._draw_caption(sample))}
+    def _text(self, sample: int, record: _Record) -> dict[str, Tensor]:
+        if record.captions:
+            weights = self.config.caption_weights or [1.0]
+            return {"text": self._tokenize(draw_weighted(record.captions, weights))}
         cached = self.cached["text"]
         return {"text_embedding": cached.row(sample, draw_number(cached.count(sample)))}
-
-    def _draw_caption(self, sample: int) -> str:
-        weights, key = self.config.caption_weights, self.config.caption_key
-        if not weights:
-            return draw_caption(read_captions(self.reader, sample, key))
-        return draw_weighted(captions_by_field(self.reader, sample, key), weights)
 
     def _tokenize(self, caption: str) -> Tensor:
         """Tokens (L,) of a caption; small sets repeat theirs, and a byte-pair tokenizer takes as

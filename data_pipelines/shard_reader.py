@@ -16,7 +16,7 @@ from data_pipelines.sources import ReadError, is_remote, read_range, retried
 MAX_MEMBER_BYTES = 256 << 20
 OPEN_FILES = 64
 PREFETCHED = 32  # samples whose bytes are fetched at a time
-PREFETCHED_BYTES = 64 << 20
+PREFETCHED_BYTES = 32 << 20
 GAP_BYTES = 64 << 10  # between members of a sample, which one request reads along
 Bytes = bytes | bytearray
 Fetched = tuple[int, Bytes] | ReadError  # offset in the shard and what is there
@@ -83,9 +83,10 @@ class ShardReader:
                 return data[offset - start : offset - start + length]
         return self._attempt(shard, offset, length)
 
-    def prefetch(self, samples: Sequence[int]) -> None:
+    def prefetch(self, samples: Sequence[int]) -> list[int]:
         """Fetch what there is of a few samples, PREFETCHED_BYTES at most and the rest when it is
-        asked for. It is kept until the next call, whatever else is read."""
+        asked for; returns those that are there. They are kept until the next call, whatever else
+        is read."""
         self._own()
         self._fetched, self._alone = {}, {}
         left, remote = PREFETCHED_BYTES, list[tuple[int, int]]()
@@ -107,6 +108,7 @@ class ShardReader:
             with ThreadPoolExecutor(len(remote)) as pool:
                 for sample, data in pool.map(lambda at: (at[0], self._fetch(*at)), remote):
                     self._fetched[sample] = data
+        return list(self._fetched)
 
     def ahead(self, samples: Sequence[int]) -> Iterator[int]:
         """The samples in their order, each after it was fetched together with a few others."""

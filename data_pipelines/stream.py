@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import signal
 from collections import Counter
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ from data_pipelines.loaders import iterate
 from data_pipelines.order import Order, SampleOrder, build_order, hash_of
 from data_pipelines.sample_index import SampleIndex
 from data_pipelines.shard_index import ShardIndex
-from data_pipelines.shard_reader import PREFETCHED, ShardReader
+from data_pipelines.shard_reader import PREFETCHED
 from data_pipelines.shards import describe_skips
 from data_pipelines.waiting import Board, Watch, say
 
@@ -53,7 +53,7 @@ class StreamDataset(Dataset[dict[str, Any]]):
         load: see above.
         seed: see above.
         stop_with: the shards, if an unusable sample ends the stream; for the message.
-        reader: fetches what `load` reads of a few samples ahead.
+        read_ahead: reads what `load` needs of a few samples, before the first of them is loaded.
         start_batch: is told how many samples a batch has, before its first.
         board: is told what this process is at.
     """
@@ -65,30 +65,28 @@ class StreamDataset(Dataset[dict[str, Any]]):
         seed: int,
         *,
         stop_with: SampleIndex | None = None,
-        reader: ShardReader | None = None,
+        read_ahead: Callable[[Sequence[int]], None] | None = None,
         start_batch: Callable[[int], None] | None = None,
         board: Board | None = None,
     ) -> None:
         self.order, self.load, self.seed = order, load, seed
-        self.stop_with, self.reader, self.start_batch = stop_with, reader, start_batch
+        self.stop_with, self.read_ahead, self.start_batch = stop_with, read_ahead, start_batch
         self.board = board or Board(workers=0)
 
     def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
-        """The samples of a batch; their bytes are fetched for a few at a time."""
+        """The samples of a batch; they are read a few at a time."""
         outside = torch.get_rng_state()  # without workers this is the training process
         try:
             samples: list[dict[str, Any]] = []
             if self.start_batch is not None:
                 self.start_batch(len(indices))
             for start in range(0, len(indices), PREFETCHED):
-                # One kind of work at a time: decoding a picture drives everything else out of the
-                # processor's caches.
                 some = indices[start : start + PREFETCHED]
                 numbers = [self.order.candidate(index, 0) for index in some]
                 seeds = [hash_of(self.seed, index) >> 65 for index in some]
-                if self.reader is not None:
+                if self.read_ahead is not None:
                     self.board.start(numbers[0])
-                    self.reader.prefetch(numbers)
+                    self.read_ahead(numbers)
                 samples += map(self._load, some, numbers, seeds)
             return samples
         finally:
@@ -205,7 +203,7 @@ class Stream:
             load,
             seed,
             stop_with=index if config.on_bad_sample == "stop" else None,
-            reader=getattr(load, "reader", None),
+            read_ahead=getattr(load, "read_ahead", None),
             start_batch=getattr(load, "start_batch", None),
             board=Board(workers),
         )
