@@ -4,7 +4,7 @@ python -m benchmarks.evaluation [--images 5000] [--captions 5] [--width 512] [--
 
 Each runs in a process of its own; memory is that process's peak above what it had before, with the
 features in it. Needs `make peers`; `--only ours --images 100000` does not. The result is kept in
-`benchmarks/results/evaluation_<pictures>_cpu.json`.
+`benchmarks/results/evaluation_<pictures>_cpu.json`, of comparisons and with `--keep`.
 """
 
 from __future__ import annotations
@@ -78,6 +78,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--only", choices=["ours", "clip_benchmark"])
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--keep", action="store_true", help="the result of one alone, too")
     options = parser.parse_args(argv)
     names = [options.only] if options.only else ["ours", "clip_benchmark"]
     results: dict[str, Any] = {"machine": machine("cpu", options.threads), **vars(options)}
@@ -92,9 +93,10 @@ def main(argv: list[str] | None = None) -> None:
         print(
             f"{'equal figures' if equal else 'FIGURES DIFFER'}; ours is {ratio:.1f} times as fast"
         )
-    path = RESULTS / f"evaluation_{options.images}_cpu.json"
-    path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    print(f"written to {path}")
+    if options.keep or not options.only:
+        path = RESULTS / f"evaluation_{options.images}_cpu.json"
+        path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        print(f"written to {path}")
 
 
 if __name__ == "__main__":

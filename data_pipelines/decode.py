@@ -5,8 +5,9 @@ WebP by torchvision: faster than by Pillow and to the same pixels. Everything el
 several frames or pictures, 16 bits, alpha) is left to Pillow, whose conversions are the ones that
 open_clip and most others train with.
 
-What libjpeg-turbo warns of (a marker out of place, bytes too many) is left to torchvision, which
-makes a picture of it where one can be made and refuses one that was cut.
+What libjpeg-turbo warns of (a marker out of place, bytes too many), or has no name for (rare
+samplings of the colours), is left to torchvision, which makes a picture of it where one can be made
+and refuses one that was cut.
 
 PNG stays with Pillow. In torchvision 0.29 one flipped bit in the compressed data of a PNG ends the
 process with a segmentation fault. Checksums alone would not help, for whoever makes a file can make
@@ -32,7 +33,7 @@ from torchvision.io import ImageReadMode
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "AVIF")
 # What torchvision's function of this name ends in, without a warning for each call.
 _decode_image = torch.ops.image.decode_image.default
-_NOT_PILLOWS = {("JPEG", "RGB"), ("JPEG", "L"), ("WEBP", "RGB")}
+_NO_NEED_OF_PILLOW = {("JPEG", "RGB"), ("JPEG", "L"), ("WEBP", "RGB")}
 _START_OF_JPEG = b"\xff\xd8"
 _START_OF_SCAN = b"\xff\xda"
 # Encoders write about ten. Each scan of a progressive JPEG may pass over the whole picture again,
@@ -117,7 +118,7 @@ class Picture:
         if image is None:
             return False
         kind = (image.format, image.mode)
-        return kind not in _NOT_PILLOWS or getattr(image, "is_animated", False)
+        return kind not in _NO_NEED_OF_PILLOW or getattr(image, "is_animated", False)
 
     @property
     def plain_jpeg(self) -> bool:
@@ -129,7 +130,7 @@ class Picture:
 
         `shrink` of 2, 4 or 8 lets a JPEG in grey or RGB come out that many times smaller, sides
         rounded up, by leaving out its high frequencies; other pictures, those smaller than that,
-        and damaged ones come out whole.
+        and those that libjpeg-turbo warns of come out whole.
 
         Raises:
             DecodeError: broken.
@@ -157,7 +158,7 @@ class Picture:
             least = (-(-height // shrink), -(-width // shrink), shrink)
         try:
             pixels = simplejpeg.decode_jpeg(self._data, "RGB", False, False, *least)
-        except ValueError:  # a warning, too
+        except ValueError:  # a warning, or a sampling without a name
             return _from_torchvision(self._data)
         return torch.from_numpy(pixels).permute(2, 0, 1)
 

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
+from multiprocessing.util import Finalize
 from typing import Any
 
 from torch.utils.data import DataLoader
@@ -33,14 +34,12 @@ def iterate(
         LoaderError: a loader process has died.
     """
     loading = _start(loader)
-    # Told by the loader, for a process may die before it has said anything.
-    processes: list[BaseProcess] = getattr(loading, "_workers", [])
+    processes = _processes(loading)
     try:
         yield from loading
         return
     except (RuntimeError, ConnectionError, EOFError) as error:
-        known = str(error).startswith("DataLoader worker (pid")
-        if not loader.num_workers or (isinstance(error, RuntimeError) and not known):
+        if not loader.num_workers or not _tells_a_death(error):
             raise
     # Not in the clause above: with torch's error, or the loader, whoever keeps ours would keep the
     # other processes alive.
@@ -49,19 +48,41 @@ def iterate(
     raise LoaderError("; ".join(deaths) + advice)
 
 
+def _tells_a_death(error: Exception) -> bool:
+    """Whether torch, or a lost connection, says that a process has died. What a data set raises in
+    one begins with "Caught" here."""
+    if isinstance(error, RuntimeError):
+        return str(error).startswith("DataLoader worker (pid")
+    return not str(error).startswith("Caught ")
+
+
 def _start(loader: DataLoader[Any]) -> Iterator[Any]:
     """The loader's processes, without torch's signal handler.
 
     It raises wherever this process is at when a loader dies, in the middle of a training step as
     well, where nobody expects it. Without it the death is noticed when a batch is waited for,
     within five seconds.
+
+    A program that ends in the middle of a stream kills them: it would ask them to end by SIGTERM,
+    which those of a training stream ignore, and wait for ever.
     """
     before = signal.getsignal(signal.SIGCHLD)
     loading = iter(loader)
     replaced = signal.getsignal(signal.SIGCHLD) is not before
     if replaced and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGCHLD, signal.SIG_DFL if before is None else before)
+    Finalize(loading, _kill, args=(_processes(loading),), exitpriority=0)
     return loading
+
+
+def _processes(loading: Iterator[Any]) -> list[BaseProcess]:
+    """Told by the loader, for a process may die before it has said anything."""
+    return getattr(loading, "_workers", [])
+
+
+def _kill(processes: Sequence[BaseProcess]) -> None:
+    for process in processes:
+        process.kill()
 
 
 def _dead(processes: Sequence[BaseProcess]) -> list[BaseProcess]:

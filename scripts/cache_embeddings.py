@@ -137,8 +137,14 @@ def _start(config: CacheRun) -> tuple[Any, int]:
     from accelerate import PartialState
     from accelerate.utils import parse_flag_from_env
 
-    from training.machine import available_cores, local_processes, plan_cores
+    from training.machine import (
+        available_cores,
+        keep_freed_memory,
+        local_processes,
+        plan_cores,
+    )
 
+    keep_freed_memory()
     use_cpu = parse_flag_from_env("ACCELERATE_USE_CPU")
     # Any process may have to wait for the one with the largest shards.
     state: Any = PartialState(cpu=use_cpu, timeout=timedelta(days=7))
@@ -219,10 +225,7 @@ class _Inputs:
         self.reader = ShardReader(loader.reader.index, members)
 
     def __getitems__(self, samples: Sequence[int]) -> list[Tensor | str]:
-        try:
-            return [self._read(sample) for sample in self.reader.ahead(samples)]
-        finally:
-            self.board.rest()
+        return [self._read(sample) for sample in self.reader.ahead(samples)]
 
     def at(self, pid: int) -> str | None:
         """What a process has been at, for messages."""
@@ -244,6 +247,8 @@ class _Inputs:
             return loader.tokenize(read_captions(self.reader, sample, loader.config.caption_key))
         except (FieldError, SkipSample) as reason:
             return str(reason)
+        finally:
+            self.board.rest()
 
 
 def _collate(items: list[Tensor | str]) -> tuple[Tensor | None, list[int], dict[int, str]]:

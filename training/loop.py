@@ -174,8 +174,7 @@ class Trainer:
         main = self.accelerator.is_main_process
         if main:
             self._announce()
-        if self.accelerator.device.type == "cpu":
-            keep_freed_memory()
+        keep_freed_memory()
         budget = self.train.max_time and seconds(self.train.max_time, "train.max_time")
         progress = Progress(self.step, self.plan.steps, main)
         self.tracking = Tracking(

@@ -8,6 +8,8 @@ import os
 import re
 import resource
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter, deque
@@ -17,7 +19,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from data_pipelines.config import (
     AugmentationConfig,
@@ -86,6 +88,41 @@ def test_a_loader_that_dies_before_it_has_begun_is_named(tmp_path: Path) -> None
         " memory: use fewer workers or more memory; begin again"
     )
     assert not multiprocessing.active_children()
+
+
+class Unreachable(Dataset[int]):
+    """A data set whose store is lost, which is not a process that dies."""
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index: int) -> int:
+        raise ConnectionError("the store does not answer")
+
+
+def test_what_a_data_set_raises_is_no_death() -> None:
+    with pytest.raises(ConnectionError, match="the store does not answer"):
+        deque(iterate(DataLoader(Unreachable(), num_workers=1)), 0)
+
+
+ABANDONED = """
+import sys
+from tests.data_pipelines.test_stream_trouble import ends_in_the_middle
+batches = ends_in_the_middle()
+print(next(batches)["sample"].tolist(), flush=True)
+"""
+
+
+def ends_in_the_middle() -> Iterator[Any]:
+    return stream_of([30], global_batch=5, workers=2, shuffle=False).batches()
+
+
+def test_a_program_may_end_in_the_middle_of_a_stream() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", ABANDONED],
+        cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=100, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (0, "[0, 1, 2, 3, 4]\n"), done.stderr
 
 
 def crash_at_9(sample: int) -> dict[str, Any]:
