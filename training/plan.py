@@ -122,8 +122,12 @@ def check_settings(
         seconds(train.max_time, "train.max_time")
     if len(set(sets)) < len(sets):
         raise ValueError(f"evaluation: give each set a name of its own, got {', '.join(sets)}")
-    if any(f"{name}/".startswith(AVERAGED) for name in sets):
-        raise ValueError(f"evaluation: {AVERAGED} marks averaged weights: rename the set")
+    averaged = [name for name in sets if f"{name}/".startswith(AVERAGED)]
+    if averaged:
+        raise ValueError(
+            f"evaluation: rename the set '{averaged[0]}', for figures of averaged weights begin"
+            f" with {AVERAGED}"
+        )
     if train.batch_size % (processes * train.accumulation):
         raise ValueError(
             f"train.batch_size {train.batch_size} cannot be divided into {processes} processes"

@@ -68,7 +68,7 @@ def test_no_evaluation_set_is_called_as_figures_of_averaged_weights(
 ) -> None:
     evaluator = Probe()
     evaluator.name = name
-    with pytest.raises(ValueError, match="ema/ marks averaged weights: rename the set"):
+    with pytest.raises(ValueError, match=f"^evaluation: rename the set '{name}', "):
         make_trainer(tmp_path, evaluators=(evaluator,))
 
 
