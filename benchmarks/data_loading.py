@@ -14,8 +14,6 @@ training on pictures that Pillow opens, normalisation included; ours, which leav
 the device; the inception recipe and scaled decoding; and streams over a shard of the same pictures
 with no loader process, batching included, against the bare functions that they call.
 
-Freed memory is kept for all of them, as in training and evaluation (`training.machine`).
-
 The cases of a group (transforms; streams and what they call) take turns on chunks of pictures, so
 that a slow second of the machine hits all of them, and the clock is the process's CPU time, which
 other programs disturb least: images per second per core. Figures are medians over rounds; a ratio
@@ -59,7 +57,6 @@ from data_pipelines.image_text import image_text_stream
 from data_pipelines.stream import Stream
 from data_pipelines.training_pictures import TrainingPictures
 from data_pipelines.transforms import eval_transform
-from training.machine import keep_freed_memory
 
 SIZE = 224
 CHUNK = 32  # pictures in a turn, and the streams' batch
@@ -249,7 +246,6 @@ def main(argv: list[str] | None = None) -> None:
     rounds = 3 if options.quick else options.rounds
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    keep_freed_memory()
     try:
         sets = photo_sets(options.photos, 16 if options.quick else None)
     except ValueError as error:

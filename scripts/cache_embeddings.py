@@ -137,14 +137,8 @@ def _start(config: CacheRun) -> tuple[Any, int]:
     from accelerate import PartialState
     from accelerate.utils import parse_flag_from_env
 
-    from training.machine import (
-        available_cores,
-        keep_freed_memory,
-        local_processes,
-        plan_cores,
-    )
+    from training.machine import available_cores, local_processes, plan_cores
 
-    keep_freed_memory()
     use_cpu = parse_flag_from_env("ACCELERATE_USE_CPU")
     # Any process may have to wait for the one with the largest shards.
     state: Any = PartialState(cpu=use_cpu, timeout=timedelta(days=7))

@@ -74,7 +74,7 @@ def evaluate(config: EvaluateRun) -> list[dict[str, Any]]:
     from eval.subject import open_subject
     from eval.tasks import ProbeOptions
     from scripts.export_source import other_weights
-    from training.machine import available_cores, keep_freed_memory, plan_cores
+    from training.machine import available_cores, plan_cores
 
     if not config.model:
         raise ValueError("no model given: set --model to a run directory or an open_clip name")
@@ -88,7 +88,6 @@ def evaluate(config: EvaluateRun) -> list[dict[str, Any]]:
     state: Any = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
     cores = available_cores()
     torch.set_num_threads(config.threads or max(1, cores // state.num_processes))
-    keep_freed_memory()
     workers = 0  # on the CPU the model needs the cores
     if state.device.type != "cpu":
         workers = plan_cores(cores, state.num_processes, device_is_cpu=False).workers

@@ -174,7 +174,8 @@ class Trainer:
         main = self.accelerator.is_main_process
         if main:
             self._announce()
-        keep_freed_memory()
+        if self.accelerator.device.type == "cpu":
+            keep_freed_memory()
         budget = self.train.max_time and seconds(self.train.max_time, "train.max_time")
         progress = Progress(self.step, self.plan.steps, main)
         self.tracking = Tracking(

@@ -62,20 +62,15 @@ def available_cores() -> int:
 
 
 def keep_freed_memory() -> bool:
-    """Keep what is freed for the next allocation, here and in processes that are started from here,
-    where the C library is glibc; returns if it is.
+    """Keep what is freed for the next allocation, where the C library is glibc; returns if it is.
 
     By default glibc hands the free top of its heap back to the system, and a training step on CPU
-    that allocates the same gigabyte as the step before then pays for fresh zeroed pages; so does a
-    loader for each picture (docs/results.md, "The training engine" and "Decoding and the stream").
-    Memory stays at its peak between steps.
+    that allocates the same gigabyte as the step before then pays for fresh zeroed pages
+    (docs/results.md, "The training engine"). Memory stays at its peak between steps.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
     if mallopt is None:
         return False
-    # Forked processes inherit the thresholds, others read them here.
-    os.environ["MALLOC_TRIM_THRESHOLD_"] = str(KEEP_UP_TO)
-    os.environ["MALLOC_MMAP_THRESHOLD_"] = str(LARGEST_ON_HEAP)
     return bool(
         mallopt(M_TRIM_THRESHOLD, KEEP_UP_TO) and mallopt(M_MMAP_THRESHOLD, LARGEST_ON_HEAP)
     )
