@@ -49,6 +49,9 @@ def read_lines(path: str | Path) -> list[str]:
     return lines
 
 
+NO_LABEL = -1  # in a list of labels, or in a table
+
+
 class ClassNumbers:
     """Turns labels that are names of classes into their places among the names.
 
@@ -81,6 +84,8 @@ class ClassNumbers:
 
     def number(self, label: object) -> object:
         """One label: a number in the place of a text, if there is one."""
+        if isinstance(label, float) and label.is_integer():  # as JSON and arrays may have it
+            return int(label)
         if not isinstance(label, str):
             return label
         try:
@@ -108,7 +113,7 @@ class ClassNumbers:
             found = [entry for entry in found if not isinstance(entry, str) or entry.strip()]
         numbers: list[int] = []
         for entry in map(self.number, found):
-            if not isinstance(entry, int):
+            if not isinstance(entry, int) or isinstance(entry, bool):
                 raise ShardError(
                     f"{where} {_shown(entry)}, which is neither a number nor one of"
                     " classnames: name the classes as the labels do, each once"

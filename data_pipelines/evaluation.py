@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from data_pipelines.captions import member_of, members_of, read_captions, read_field
-from data_pipelines.classification import ClassNumbers
+from data_pipelines.classification import NO_LABEL, ClassNumbers
 from data_pipelines.decode import DecodeError, decode_rgb
 from data_pipelines.loaders import iterate
 from data_pipelines.shards import (
@@ -210,6 +210,8 @@ class EvaluationSet(SampleSet):
         if not self.several and isinstance(value, str) and not value.strip():
             raise FieldError("no label")
         labels = self.class_numbers.required(value, self.several, where)
+        if self.several:
+            labels = [label for label in labels if label != NO_LABEL]
         for label in labels:
             if not 0 <= label < self.num_classes:
                 raise ShardError(

@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from data_pipelines.classification import ClassNumbers
+from data_pipelines.classification import NO_LABEL, ClassNumbers
 from data_pipelines.decode import DecodeError, decode_rgb
 from data_pipelines.evaluation import SampleSet
-from data_pipelines.image_folder import ImageFolder
+from data_pipelines.image_folder import ImageFolder, read_file
 from data_pipelines.shards import ShardError
 from data_pipelines.stream import SkipSample
+from data_pipelines.tables import picture_in
 
 
 @dataclass(frozen=True)
@@ -99,17 +100,18 @@ def image_folder(
 ) -> EntrySet:
     """Pictures in one subfolder per class; see `ImageFolder`.
 
-    Where each folder is called as one of `classnames`, or has the number of one, these are the
-    classes, in their order; else the folders are, in the order of their names.
+    Where a folder is called as one of `classnames`, or has the number of one, these are the
+    classes, in their order; where none is, the folders are, in the order of their names.
 
     Args:
         folders: names of the subfolders that there may be; those that `path` has by default.
 
     Raises:
-        ShardError: as `ImageFolder` does.
+        ShardError: as `ImageFolder` does; or some of the folders are among `classnames` and others
+            are not, or two are one class.
     """
     found = ImageFolder(path, folders)
-    labels, names = _folder_labels(found.classes or [], classnames)
+    labels, names = _folder_labels(path, found.classes or [], classnames)
     entries = [
         Entry(found.key(n), partial(found.picture, n), labels=[labels[found.label(n)]])
         for n in range(len(found))
@@ -118,16 +120,28 @@ def image_folder(
 
 
 def _folder_labels(
-    folders: Sequence[str], classnames: Sequence[str]
+    path: str, folders: Sequence[str], classnames: Sequence[str]
 ) -> tuple[Sequence[int], list[str]]:
     """The label of each class folder, and the names in the order of the labels."""
     numbers = ClassNumbers(classnames)
-    spaced = [folder.replace("_", " ") for folder in folders]
-    for names in (folders, spaced):
-        labels = [n for n in map(numbers.number, names) if isinstance(n, int)]
-        if len(labels) == len({*labels}) == len(folders) and {*labels} <= {*range(len(classnames))}:
-            return labels, list(classnames)
-    return range(len(folders)), spaced
+    labels: dict[str, int] = {}
+    for folder in folders:
+        for name in (folder, folder.replace("_", " ")):
+            label = numbers.number(name)
+            if isinstance(label, int) and 0 <= label < len(classnames):
+                labels.setdefault(folder, label)
+    if not labels:
+        return range(len(folders)), [folder.replace("_", " ") for folder in folders]
+    unknown = [folder for folder in folders if folder not in labels]
+    if unknown or len({*labels.values()}) < len(labels):
+        known = dict(zip(labels.values(), labels, strict=True))  # the last folder of each class
+        odd = unknown or [folder for folder, label in labels.items() if known[label] != folder]
+        raise ShardError(
+            f"'{path}' has the folder '{odd[0]}', which is"
+            f" {'none of classnames' if unknown else 'the class of another one, too'}: call each"
+            " folder as its class is called there"
+        )
+    return [labels[folder] for folder in folders], list(classnames)
 
 
 def hugging_face_set(
@@ -172,12 +186,8 @@ def hugging_face_set(
     loaded = loaded.cast_column(images[0], datasets.Image(decode=False))
     table = loaded.remove_columns(images[0])
 
-    def reader(number: int) -> Callable[[], bytes]:
-        def read() -> bytes:
-            cell = loaded[number][images[0]]
-            return cell["bytes"] if cell["bytes"] is not None else Path(cell["path"]).read_bytes()
-
-        return read
+    def read(number: int) -> bytes:
+        return picture_in(loaded[number][images[0]])
 
     entries, numbers = [], ClassNumbers(classnames)
     for number in range(len(loaded)):
@@ -186,8 +196,8 @@ def hugging_face_set(
         captions = [found] if isinstance(found, str) else list(found)
         where = f"'{path}', {split}, row {number}, column '{label_key}' holds"
         labels = numbers.required(row[label_key], several, where) if label_key else []
-        labels = [label for label in labels if label >= 0]  # -1 stands for no label
-        entries.append(Entry(str(number), reader(number), captions, labels))
+        labels = [label for label in labels if label != NO_LABEL]
+        entries.append(Entry(str(number), partial(read, number), captions, labels))
     column = columns.get(label_key) if label_key else None
     names = getattr(getattr(column, "feature", column), "names", None)  # of a list: its entries'
     return EntrySet(f"{path}, {split}", entries, transform, names, exif_orientation)
@@ -226,7 +236,7 @@ def karpathy_split(
         if found is None:
             missing.append(name)
         else:
-            entries.append(Entry(name, found.read_bytes, lines))
+            entries.append(Entry(name, partial(read_file, found), lines))
     if missing:
         raise ShardError(
             f"'{captions}' names {len(missing)} images that '{images}' does not have, the first is"

@@ -139,21 +139,29 @@ class Table:
 
     def picture(self, sample: int) -> bytes:
         """The encoded picture, or SkipSample."""
-        value = self._row(sample)[self.image_column]
-        data = value.get("bytes") if isinstance(value, dict) else value
-        if data is None and isinstance(value, dict) and value.get("path"):
-            return read_file(value["path"])
-        if not isinstance(data, bytes):
-            raise SkipSample("no image in the row")
-        if len(data) > MAX_MEMBER_BYTES:
-            raise SkipSample(f"image over {MAX_MEMBER_BYTES} bytes")
-        return data
+        return picture_in(self._row(sample)[self.image_column])
 
     def _row(self, sample: int) -> dict[str, Any]:
         """A row; the last one is kept, for its label and its picture are asked for one by one."""
         if self._last[0] != sample:
             self._last = sample, self.rows[sample]
         return self._last[1]
+
+
+def picture_in(cell: object) -> bytes:
+    """The encoded picture in a cell: bytes, or what `datasets.Image(decode=False)` gives.
+
+    Raises:
+        SkipSample: there is none, or it cannot be read, or it is over MAX_MEMBER_BYTES.
+    """
+    data = cell.get("bytes") if isinstance(cell, dict) else cell
+    if data is None and isinstance(cell, dict) and cell.get("path"):
+        return read_file(cell["path"])
+    if not isinstance(data, bytes):
+        raise SkipSample("no image in the row")
+    if len(data) > MAX_MEMBER_BYTES:
+        raise SkipSample(f"image over {MAX_MEMBER_BYTES} bytes")
+    return data
 
 
 class StreamedRows:

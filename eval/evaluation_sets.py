@@ -149,8 +149,15 @@ def _has_training_split(config: EvaluationSetConfig) -> bool:
     path = Path(config.data)
     if path.suffix == ".json":
         return False  # Karpathy's files have no labels
-    folder = path.is_dir() and not list(path.glob("**/*.parquet"))
-    return not folder or (path / config.train_split).is_dir()
+    return _is_dataset(path) or (path / config.train_split).is_dir()
+
+
+def _is_dataset(path: Path) -> bool:
+    """Whether `datasets` opens a path: a name that is no folder, what it saved, or a folder with
+    tables, no deeper than the hub keeps them, for a tree of pictures takes long to go through."""
+    saved = (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()
+    tables = ("*.parquet", "*/*.parquet", "data/*/*.parquet")
+    return saved or not path.is_dir() or any(any(path.glob(pattern)) for pattern in tables)
 
 
 def _check_tasks(
@@ -215,8 +222,7 @@ def _open(
     path = Path(config.data)
     if path.suffix == ".json":
         return karpathy_split(config.data, config.images, split, transform, upright)
-    saved = (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()
-    if saved or not path.is_dir() or list(path.glob("**/*.parquet")):
+    if _is_dataset(path):
         label = config.label_key if labelled else None
         if label == EvaluationSetConfig().label_key:
             label = "label"  # the usual name of the column
@@ -285,9 +291,9 @@ def _check_labels(samples: SampleSet | None, names: list[str], kind: str, where:
                 f"{bare} of {len(samples)} samples of evaluation set '{where}' have no label: set"
                 " label_key, or a split that has labels"
             )
-        highest = max((label for entry in samples.entries for label in entry.labels), default=-1)
-        if highest >= len(names):
+        outside = {n for entry in samples.entries for n in entry.labels} - {*range(len(names))}
+        if outside:
             raise ValueError(
-                f"evaluation set '{where}' has label {highest}, but there are {len(names)}"
+                f"evaluation set '{where}' has label {max(outside)}, but there are {len(names)}"
                 " classes: give the names that belong to the labels"
             )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -21,19 +20,22 @@ class Measurement:
 
     `metrics` by name, None where undefined; `samples` the per-sample values whose means are the
     figures of the same name, for paired comparisons; `details` whatever else is worth writing down,
-    as JSON; `intervals` are functions that give intervals by name.
+    as JSON; `intervals` are functions that give intervals by name, which nobody has asked for yet.
     """
 
     metrics: dict[str, float | None] = field(default_factory=dict)
     samples: dict[str, NDArray[np.float64]] = field(default_factory=dict)
     details: dict[str, Any] = field(default_factory=dict)
     intervals: list[Callable[[], dict[str, Interval]]] = field(default_factory=list)
+    _drawn: dict[str, Interval] = field(default_factory=dict, repr=False)
 
-    @cached_property
+    @property
     def ci95(self) -> dict[str, Interval]:
         """The 95 % interval of the figures that have one, resampled when it is asked for: records
         show it, evaluations in training do not."""
-        return {name: bounds for give in self.intervals for name, bounds in give().items()}
+        while self.intervals:  # each of which keeps the outcomes that it draws from
+            self._drawn |= self.intervals.pop(0)()
+        return self._drawn
 
     def add_means(self, columns: dict[str, NDArray[Any]]) -> None:
         """Add figures that are the means of per-sample values; all columns are equally long."""

@@ -95,16 +95,23 @@ def _evaluator(
     from eval.classification import ClassificationEvaluator
     from eval.evaluation_sets import complete
     from eval.image_tower import ImageTower
-    from eval.prompts import read_classnames
+    from eval.prompts import canonicalize_text, read_classnames
     from eval.scheduled import ScheduledEvaluator
     from eval.subject import Caller, Subject, from_tower
 
     settings = model.pretrained_cfg
     size, mean, std = settings["input_size"][-1], tuple(settings["mean"]), tuple(settings["std"])
     item = complete(item)
-    fits = not item.classnames or len(read_classnames(item.classnames)) == len(classes)
-    if item.shards and fits and not item.tasks:
-        return ClassificationEvaluator(item, size, classes, mean, std)
+    if item.shards and item.label_kind == "single" and not item.tasks:
+        own = read_classnames(item.classnames) if item.classnames else classes
+        if [*map(canonicalize_text, own)] == [*map(canonicalize_text, classes)]:
+            return ClassificationEvaluator(item, size, classes, mean, std)
+        if not item.train_shards:
+            raise ValueError(
+                f"evaluation set '{item.name or item.shards}' has other classnames ({len(own)})"
+                f" than the classifier ({len(classes)}), or another order: leave classnames out to"
+                " measure its accuracy, or set train_shards for probes"
+            )
 
     def subject_of(model: Any) -> Subject:
         tower = ImageTower(model, size, mean, std, config.model.name, {}, True, config.run_dir)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 from torch import nn
 
 from data_pipelines.evaluation import EvaluationSet
-from data_pipelines.evaluation_files import hugging_face_set, image_folder
+from data_pipelines.evaluation_files import hugging_face_set, image_folder, karpathy_split
 from data_pipelines.shards import ShardError
 from data_pipelines.transforms import eval_transform
 from eval.classification import ClassificationEvaluator
@@ -61,6 +62,7 @@ def test_names_in_shards(open_shards: Any) -> None:
     assert (batch["label"], batch["skipped"].total()) == ([1, 3, 2, 0], 0)
     record = open_shards(b'{"y": "ant"}', b'{"y": 2}', ext="json", label_key="json:y")
     assert [record[number]["label"] for number in range(2)] == [3, 2]
+    assert open_shards(b'{"y": 2.0}', ext="json", label_key="json:y")[0]["label"] == 2
 
 
 @pytest.mark.parametrize(
@@ -72,6 +74,9 @@ def test_names_in_shards(open_shards: Any) -> None:
         (b"ant, red fly, 1", {"several": True}, "label 'red fly', which is neither"),
         (b"x" * 999, {}, "label 'x{59}…, which is neither"),
         (b'{"y": 1.5}', {"ext": "json", "label_key": "json:y"}, "label 1.5, which is neither"),
+        (b'{"y": true}', {"ext": "json", "label_key": "json:y"}, "label True, which is neither"),
+        (b"-1", {}, "label -1, but there are 4 classes"),
+        (b"-2 1", {"several": True}, "label -2, but there are 4 classes"),
         (b'{"y": [1]}', {"ext": "json", "label_key": "json:y"}, "a list: set label_kind to any"),
     ],
 )
@@ -88,11 +93,11 @@ def test_what_is_no_class_is_an_error_and_not_left_out(
 def test_several_names_of_a_sample(open_shards: Any) -> None:
     texts = [
         b"bee, ant", b"1 3", b"[1 3]", b"[1, 3]", b'["bee", "ant"]', b"bee ant", b"bee\nant\n",
-        b"crane, bird", b"sea cow,bee", b"", b"[]", b'["sea cow", " "]',
+        b"crane, bird", b"sea cow,bee", b"", b"[]", b'["sea cow", " "]', b"-1", b"[-1, 2.0]",
     ]  # fmt: skip
     found = open_shards(*texts, several=True)
     assert [found[number]["labels"] for number in range(len(texts))] == (
-        [[1, 3]] * 7 + [[2], [0, 1], [], [], [0]]
+        [[1, 3]] * 7 + [[2], [0, 1], [], [], [0], [], [2]]
     )
     arrays = []
     for values in ([1, 3], [2]):
@@ -142,7 +147,7 @@ def test_the_evaluator_of_pretraining_looks_names_up(open_shards: Any) -> None:
         (["0", "10", "2"], [f"c{n}" for n in range(11)], [0, 10, 2], [f"c{n}" for n in range(11)]),
         (["ant", "sea_cow"], (), [0, 1], ["ant", "sea cow"]),
         (["n01", "n02"], ["tench", "shark"], [0, 1], ["n01", "n02"]),
-        (["1", "2"], ["one", "two"], [0, 1], ["1", "2"]),
+        (["1", "0"], ["one", "two"], [0, 1], ["one", "two"]),
     ],
 )
 def test_folders_with_the_names_of_classes(
@@ -178,3 +183,54 @@ def test_a_folder_is_read_as_for_training(
     assert batch["key"] == ["ant/a.avif"]
     assert batch["skipped"] == {"unreadable file": 1}
     assert found.fingerprint() == image_folder(str(tmp_path), eval_transform(8)).fingerprint()
+
+
+@pytest.mark.parametrize(
+    ("folders", "message"),
+    [
+        (
+            ["azure", "green"],
+            "the folder 'azure', which is none of classnames: call each folder as",
+        ),
+        (["1", "2"], "the folder '2', which is none of classnames"),
+        (["1", "green"], "the folder '1', which is the class of another one, too"),
+    ],
+)
+def test_folders_of_which_some_are_no_classes_are_told(
+    tmp_path: Path, picture: Callable[[int], bytes], folders: list[str], message: str
+) -> None:
+    for name in folders:  # in the order of their names, labels would belong to other classes
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.png").write_bytes(picture(0))
+    with pytest.raises(ShardError, match=message):
+        image_folder(str(tmp_path), eval_transform(8), None, ["red", "green"])
+
+
+def test_rows_without_a_picture_are_skipped(
+    tmp_path: Path, picture: Callable[[int], bytes]
+) -> None:
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+    rows = [{"image": cell, "label": 0} for cell in ({"bytes": picture(0), "path": None}, None)]
+    path = str(tmp_path / "saved")
+    datasets.DatasetDict(test=datasets.Dataset.from_list(rows, features)).save_to_disk(path)
+    found = hugging_face_set(path, "test", eval_transform(8), "label", classnames=["ant"])
+    (batch,) = found.batches(2)
+    assert (batch["key"], batch["skipped"]) == (["0"], {"no image in the row": 1})
+
+
+def test_a_picture_of_a_karpathy_split_that_is_lost_later_is_skipped(
+    tmp_path: Path, picture: Callable[[int], bytes]
+) -> None:
+    images = [
+        {"filename": f"{n}.png", "split": "test", "sentences": [{"raw": f"picture {n}"}]}
+        for n in range(2)
+    ]
+    (tmp_path / "dataset_coco.json").write_text(json.dumps({"images": images}))
+    for n in range(2):
+        (tmp_path / f"{n}.png").write_bytes(picture(n))
+    found = karpathy_split(
+        str(tmp_path / "dataset_coco.json"), str(tmp_path), "test", eval_transform(8)
+    )
+    (tmp_path / "1.png").unlink()
+    (batch,) = found.batches(2)
+    assert (batch["key"], batch["skipped"]) == (["0.png"], {"unreadable file": 1})

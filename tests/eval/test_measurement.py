@@ -76,4 +76,7 @@ def test_intervals_are_the_bootstraps_of_the_samples() -> None:
     value = several.metrics["mean_average_precision"]
     assert value is not None
     assert low < value < high
-    assert Measurement().ci95 == {}
+    empty = Measurement()
+    assert empty.ci95 == {}
+    empty.add_means({"later": np.ones(3)})
+    assert empty.ci95 == {"later": (1.0, 1.0)}

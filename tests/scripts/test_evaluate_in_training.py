@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -130,6 +131,10 @@ def test_an_image_encoder_has_nothing_to_measure_without_a_training_split(
     folder = write_folder(tmp_path / "folder", "test")
     (tmp_path / "two.txt").write_text("red\nblue\n")
     others = {"shards": f"{shards}/train-1.tar", "classnames": str(tmp_path / "two.txt")}
+    messages = (
+        r"measures nothing: .* has no text tower, and probes need single labels and a training",
+        r"has other classnames \(2\) than the classifier \(4\), or another order: leave classnames",
+    )
     for number, own in enumerate(({"data": str(folder)}, others)):
         with pytest.raises(SystemExit):
             pretrain.main([
@@ -137,8 +142,7 @@ def test_an_image_encoder_has_nothing_to_measure_without_a_training_split(
                 f"--data.classnames={shards}/classnames.txt",
             ])  # fmt: skip
         (line,) = capsys.readouterr().err.splitlines()
-        assert "measures nothing" in line
-        assert "has no text tower, and probes need single labels and a training split" in line
+        assert re.search(messages[number], line)
 
 
 def test_a_run_without_an_average_has_none(
