@@ -109,7 +109,7 @@ def file_digest(path: Path) -> str:
 
 @contextmanager
 def output_folder(out: Path) -> Iterator[int]:
-    """Make the folder, keep other writers out of it, and remove what a killed one left half-done.
+    """Make the folder, keep other writers out of it, and remove what one left half-done.
 
     Yields the descriptor that holds the lock. Child processes that were forked must close it, or
     the lock would outlive a kill of this process.
@@ -124,8 +124,16 @@ def output_folder(out: Path) -> Iterator[int]:
     try:
         if not take_lock(descriptor):
             raise ShardError(f"another process is writing to '{out}': wait for it to end")
-        for left in out.glob(f".*{PART}"):
-            left.unlink()
-        yield descriptor
+        _remove_parts(out)
+        try:
+            yield descriptor
+        finally:
+            # An interrupt may come after a file was made and before its writer could remove it.
+            _remove_parts(out)
     finally:
         os.close(descriptor)
+
+
+def _remove_parts(out: Path) -> None:
+    for left in out.glob(f".*{PART}"):
+        left.unlink(missing_ok=True)

@@ -23,6 +23,7 @@ from data_pipelines.emoji.prepare import SOURCE
 from data_pipelines.ordered_map import ordered_map
 from data_pipelines.pack import pack
 from data_pipelines.pack_pictures import pack_picture
+from data_pipelines.shard_writer import output_folder, part_of
 from data_pipelines.shards import ShardError, ShardReader, index_shards
 from data_pipelines.tool_config import PackConfig
 
@@ -315,3 +316,16 @@ def test_sources_that_cannot_be_packed(
     source = tmp_path / "c.csv" if "c.csv" in layout else tmp_path
     with pytest.raises(ShardError, match=message):
         pack(PackConfig(str(source), str(tmp_path / "out")), workers=0)
+
+
+def test_an_interrupt_at_any_moment_leaves_nothing_half_written(tmp_path: Path) -> None:
+    part = part_of(tmp_path / "0.tar")
+
+    def begin() -> None:
+        with output_folder(tmp_path):
+            part.touch()  # by a writer that has not come to the place where it would remove it
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        begin()
+    assert not part.exists()
