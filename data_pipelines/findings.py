@@ -26,7 +26,7 @@ KINDS = {
     "unreadable": "bytes that the disk or the store did not give, in several attempts",
     "empty_caption": "a caption without a letter",
     "broken_caption": "no UTF-8, no JSON, a field that is missing, or over 1 MiB",
-    "broken_label": "no integer",
+    "broken_label": "no integer, nor one of classnames",
     "duplicate_key": "the key of an earlier sample",
     "duplicate_image": "the bytes of an earlier picture",
     "near_duplicate": "nearly the pixels of an earlier picture",

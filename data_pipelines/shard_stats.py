@@ -13,6 +13,7 @@ import numpy as np
 from tqdm import tqdm
 
 from data_pipelines.captions import MAX_BYTES, integer_of, member_of, parse_field, read_captions
+from data_pipelines.classification import ClassNumbers, read_lines
 from data_pipelines.decode import DecodeError
 from data_pipelines.pack_pictures import read_header
 from data_pipelines.shard_counts import choose
@@ -160,7 +161,8 @@ def measure(config: StatsConfig, workers: int) -> ShardStats:
     names = None
     if config.tokenizer is not None and fields.captions is not None:
         names = open_token_names(config.tokenizer)
-    reader = SampleMeter(index, fields, names)
+    numbers = ClassNumbers(read_lines(config.classnames) if config.classnames else ())
+    reader = SampleMeter(index, fields, names, numbers)
     tally = Tally()
     with tqdm(total=len(choice.samples), unit="sample", desc="stats", disable=None) as bar:
         for count, part in survey(reader.measure, index, choice.samples, workers):
@@ -189,8 +191,11 @@ def spread(total: int, count: int | None) -> Sequence[int]:
 class SampleMeter:
     """Measures samples, in any process."""
 
-    def __init__(self, index: ShardIndex, fields: Fields, names: TokenNames | None) -> None:
+    def __init__(
+        self, index: ShardIndex, fields: Fields, names: TokenNames | None, numbers: ClassNumbers
+    ) -> None:
         self.reader, self.fields, self.names = ShardReader(index), fields, names
+        self.numbers = numbers
 
     def measure(self, samples: Sequence[int]) -> Tally:
         """What `samples` hold."""
@@ -238,6 +243,7 @@ class SampleMeter:
             return
         try:
             data = self.reader.read(sample, member_of(self.fields.labels), MAX_BYTES)
-            tally.labels[integer_of(parse_field(self.fields.labels, data))] += 1
+            label = self.numbers.number(parse_field(self.fields.labels, data))
+            tally.labels[integer_of(label)] += 1
         except FieldError as error:
             tally.unreadable[str(error)] += 1

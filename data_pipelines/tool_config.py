@@ -79,6 +79,9 @@ class ValidateConfig(ReadConfig):
     """Kinds of problems that are neither reported nor removed."""
     near_duplicates: int | None = None
     """Also report pictures that differ in at most this many of 64 brightness steps (0 to 7)."""
+    classnames: str | None = None
+    """File with one class name per line, in label order; null takes labels that are names for
+    broken ones."""
     report: str | None = None
     """File for the whole report as JSON."""
     clean: str | None = None
@@ -101,7 +104,8 @@ class StatsConfig(ReadConfig):
     top: int = 20
     """How many of the most frequent words, tokens and labels to list."""
     classnames: str | None = None
-    """File with one class name per line, to name the labels."""
+    """File with one class name per line, in label order, to name the labels; labels that are names
+    are counted with it."""
     out: str | None = None
     """Folder for stats.json and stats.png."""
     index_folder: str | None = None

@@ -20,6 +20,7 @@ from data_pipelines.captions import (
     members_of,
     parse_field,
 )
+from data_pipelines.classification import ClassNumbers, read_lines
 from data_pipelines.decode import DecodeError, decode_rgb
 from data_pipelines.findings import KINDS, Finding, Validation
 from data_pipelines.inspect_headers import inspect_shard
@@ -54,6 +55,7 @@ def validate(config: ValidateConfig, workers: int) -> Validation:
         ValueError: a setting out of range.
     """
     check_config(config)
+    numbers = ClassNumbers(read_lines(config.classnames) if config.classnames else ())
     paths = find_shards(config.shards)
     findings: list[Finding] = []
     usable: list[str] = []
@@ -73,7 +75,7 @@ def validate(config: ValidateConfig, workers: int) -> Validation:
             "no sample has a txt or cls member: set --caption_key (such as json:caption) or"
             f" --label_key; the shards hold: {', '.join(sorted(index.members))}"
         )
-    checker = SampleChecker(index, fields, config)
+    checker = SampleChecker(index, fields, config, numbers)
     digests, hashes = [], list[int | None]()
     with tqdm(total=len(index), unit="sample", desc="samples", disable=None) as bar:
         for count, looked in survey(checker.check, index, range(len(index)), workers):
@@ -114,8 +116,11 @@ class Looked(NamedTuple):
 class SampleChecker:
     """Looks at samples one by one, in any process."""
 
-    def __init__(self, index: ShardIndex, fields: Fields, config: ValidateConfig) -> None:
+    def __init__(
+        self, index: ShardIndex, fields: Fields, config: ValidateConfig, numbers: ClassNumbers
+    ) -> None:
         self.reader, self.fields, self.config = ShardReader(index), fields, config
+        self.numbers = numbers
 
     def check(self, samples: Sequence[int]) -> Looked:
         """Look at `samples`."""
@@ -176,7 +181,7 @@ class SampleChecker:
                 if data is None:
                     problems.append(("missing_member", f"no {member_of(fields.labels)}"))
                 else:
-                    integer_of(parse_field(fields.labels, data))
+                    integer_of(self.numbers.number(parse_field(fields.labels, data)))
             except FieldError as error:
                 problems.append(("broken_label", str(error)))
         return problems

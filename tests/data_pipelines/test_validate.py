@@ -15,13 +15,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from data_pipelines.classification import ClassNumbers
 from data_pipelines.clean_copy import write_clean_copy
 from data_pipelines.config import ReadingConfig
 from data_pipelines.findings import KINDS, Validation
 from data_pipelines.near_duplicates import brightness_steps, repeats_of_hashes
+from data_pipelines.shard_stats import measure
 from data_pipelines.shard_survey import Fields
 from data_pipelines.shards import ShardError, ShardReader, index_shards
-from data_pipelines.tool_config import ValidateConfig
+from data_pipelines.tool_config import StatsConfig, ValidateConfig
 from data_pipelines.validate import SampleChecker, is_safe, validate
 
 Picture = Callable[[int], bytes]
@@ -189,7 +191,8 @@ def test_bytes_that_cannot_be_read(tmp_path: Path, picture: Picture) -> None:
     path = write_tar(tmp_path / "0.tar", [("a.txt", b"x"), ("a.png", picture(0))])
     index = index_shards([str(path)], reading=ReadingConfig(attempts=1))
     os.truncate(path, 2000)
-    checker = SampleChecker(index, Fields(["png"], "txt", None), ValidateConfig())
+    fields = Fields(["png"], "txt", None)
+    checker = SampleChecker(index, fields, ValidateConfig(), ClassNumbers([]))
     assert [finding.kind for finding in checker.check([0]).findings] == ["unreadable"]
 
 
@@ -233,6 +236,24 @@ def test_near_duplicates(tmp_path: Path, encode: Callable[..., bytes]) -> None:
     validation = check(tmp_path, near_duplicates=5, ignore=["broken_image"])
     assert found(validation) == {("near_duplicate", "0.tar", "6")}
     assert "as 2 in" in validation.findings[0].detail
+
+
+def test_labels_that_are_names(tmp_path: Path, picture: Callable[[int], bytes]) -> None:
+    labels = [b"cat", b" dog\n", b"1", b"cow"]
+    entries: list[tuple[str, bytes | None]]
+    entries = [(f"{n}.cls", label) for n, label in enumerate(labels)]
+    entries += [(f"{n}.png", picture(n)) for n in range(4)]
+    write_tar(tmp_path / "0.tar", sorted(entries))
+    (tmp_path / "names.txt").write_text("cat\ndog\n")
+    options: dict[str, Any] = {"ignore": ["tiny_image"]}
+    named = check(tmp_path, **options, classnames=str(tmp_path / "names.txt"))
+    assert found(named) == {("broken_label", "0.tar", "3")}
+    unnamed = found(check(tmp_path, **options))
+    assert unnamed == {("broken_label", "0.tar", key) for key in "013"}
+    config = StatsConfig(str(tmp_path), classnames=str(tmp_path / "names.txt"))
+    tally = measure(config, 0).tally
+    assert tally.labels == {0: 1, 1: 2}
+    assert tally.unreadable == {"label is no integer": 1}
 
 
 def test_near_pairs_equal_those_of_all_pairs() -> None:
