@@ -56,7 +56,6 @@ def export(config: Export) -> None:
     out = _check(config)
     from encoders.export.hub_upload import upload, upload_listing
     from encoders.export.model_card import write_card
-    from eval.subject import weights_hash
     from scripts.export_card import describe
     from scripts.export_source import find_source, run_facts
 
@@ -67,7 +66,7 @@ def export(config: Export) -> None:
     try:
         opened = _open(config, source)
         # Before it is written, which may leave parts of the model behind.
-        run = run_facts(source, weights_hash(opened.model), config.weights)
+        run = run_facts(source, opened.model, config.weights)
         model = _write(config, opened, partial, out)
         card = describe(
             model, run, config.to, str(out), config.license, config.push, config.weights

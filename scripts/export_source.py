@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from torch import nn
 
 from encoders.export.model import DualEncoder, ExportError, ImageModel
 from encoders.export.model_card import Figure, RunFacts
@@ -17,6 +18,7 @@ from encoders.variants import VARIANTS
 from eval.image_tower import TIMM_FILE, open_image_tower
 from eval.open_model import CONFIG_FILE, WEIGHTS_FILE, open_model
 from eval.prompts import read_classnames
+from eval.subject import weights_hash
 from eval.tasks import figure_name
 from training.checkpoint import (
     STATE,
@@ -191,11 +193,11 @@ def run_settings(source: Source) -> dict[str, Any]:
     return yaml.safe_load((source.run / SETTINGS).read_text(encoding="utf-8")) or {}
 
 
-def run_facts(source: Source, weights_sha256: str, which: str) -> RunFacts:
+def run_facts(source: Source, model: nn.Module, which: str) -> RunFacts:
     """All that the run directory tells about the checkpoint and the weights taken from it.
 
     Args:
-        weights_sha256: `weights_hash` of the opened model with these weights.
+        model: that was opened, with these weights.
         which: they are, as for `choose_weights`.
     """
     if source.run is None:
@@ -205,7 +207,7 @@ def run_facts(source: Source, weights_sha256: str, which: str) -> RunFacts:
     known = _read_json(environment) if environment.is_file() else {}
     step = state["step"]
     averaged = _are_averaged(source, which)
-    figures, when = _recorded(source.run / RECORDS, weights_sha256), step
+    figures, when = _recorded(source.run / RECORDS, model), step
     if not figures:
         figures, when = _logged(source.run / "eval.jsonl", step, averaged)
     return RunFacts(
@@ -238,9 +240,12 @@ def _data(data: Mapping[str, Any], stream: Mapping[str, Any]) -> str | None:
     return words if count is None else f"{words} ({count:,} samples)"
 
 
-def _recorded(path: Path, weights_sha256: str) -> list[Figure]:
+def _recorded(path: Path, model: nn.Module) -> list[Figure]:
     """What the evaluation command measured of these very weights, with intervals."""
     records = _read_json(path) if path.is_file() else []
+    if not records:
+        return []  # hashing takes seconds of a large model
+    weights_sha256 = weights_hash(model)
     return [
         Figure(
             f"{record['dataset']}/{figure_name(record['task'], name)}",

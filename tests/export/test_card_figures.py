@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from accelerate.state import AcceleratorState
 
+from eval.subject import weights_hash
 from scripts import evaluate, export, pretrain, train_contrastive
 
 TEST = "soft_moe_vit_test_patch16_64"
@@ -155,3 +156,21 @@ def test_a_classifier_has_the_figures_of_its_own_weights(shards: Path, tmp_path:
     ])  # fmt: skip
     assert shown(card(run, tmp_path / "checkpoint", "checkpoint", "timm")) == recorded(record)
     assert shown(card(run, tmp_path / "average", "average", "timm")) == logged(run, 3, "ema/val/")
+
+
+def test_weights_are_hashed_only_to_find_their_records(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = train(tmp_path / "run", shards)
+    hashed: list[Any] = []
+
+    def counting(model: Any) -> str:
+        hashed.append(model)
+        return weights_hash(model)
+
+    monkeypatch.setattr("scripts.export_source.weights_hash", counting)
+    card(run, tmp_path / "one", "checkpoint")
+    assert not hashed
+    (run / "evaluation.json").write_text(json.dumps([{"weights_sha256": "of others"}]))
+    card(run, tmp_path / "two", "checkpoint")
+    assert len(hashed) == 1
