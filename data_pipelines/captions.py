@@ -206,13 +206,11 @@ def vector_of(value: object, num_classes: int) -> Tensor:
 def class_indices_of(value: object, num_classes: int) -> Tensor:
     """The classes that a list names, as ones in a float32 (num_classes,).
 
-    Takes lists, and text of integers with spaces or commas between them; an empty list is none.
+    An empty list is none.
 
     Raises:
         FieldError: something else, or a class out of range.
     """
-    if isinstance(value, str):
-        value = value.replace(",", " ").split()
     if not isinstance(value, list):
         raise FieldError("label is no list")
     vector = torch.zeros(num_classes)

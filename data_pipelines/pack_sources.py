@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from data_pipelines.captions import MAX_BYTES, captions_of, parse_field
-from data_pipelines.pictures import SUFFIXES
+from data_pipelines.image_folder import SUFFIXES
 from data_pipelines.shards import MAX_MEMBER_BYTES, FieldError, ShardError
 from data_pipelines.tool_config import PackConfig
 

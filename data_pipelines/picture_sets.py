@@ -16,8 +16,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from data_pipelines.captions import MAX_BYTES, captions_of, members_of, read_captions
 from data_pipelines.decode import DecodeError, decode_rgb
+from data_pipelines.image_folder import SUFFIXES
 from data_pipelines.loaders import iterate
-from data_pipelines.pictures import SUFFIXES
 from data_pipelines.shards import (
     MAX_MEMBER_BYTES,
     FieldError,

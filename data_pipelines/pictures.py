@@ -9,9 +9,8 @@ from torch import Tensor
 
 from data_pipelines.decode import DecodeError, decode_rgb
 from data_pipelines.evaluation import EvaluationSet
+from data_pipelines.image_folder import SUFFIXES
 from data_pipelines.transforms import eval_transform
-
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".avif"}
 
 
 def read_pictures(

@@ -199,7 +199,7 @@ def test_broken_vectors() -> None:
     for value in ("a b c", {"a": 1}, [[1], [2, 3], 1]):
         with pytest.raises(FieldError, match="label is no vector of numbers"):
             vector_of(value, 3)
-    for value in (3, None, {"a": 1}):
+    for value in (3, None, {"a": 1}, "0 1"):  # ClassNumbers makes lists of texts
         with pytest.raises(FieldError, match="label is no list"):
             class_indices_of(value, 3)
     assert label_of(np.int64(2), 3) == 2
