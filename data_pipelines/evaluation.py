@@ -92,13 +92,13 @@ class EvaluationSet(SampleSet):
 
     `captions` is a list of strings (empty without `caption_key`), `label` an int (-1 without
     `label_key`); with `several`, `labels` is the list of all its labels, which the member lists
-    with spaces or commas in between or as JSON. Labels that are names are looked up in
-    `classnames`, of which there are then `num_classes`. A sample that cannot be used comes as
+    with spaces or commas in between or as JSON: numbers of classes, or some of `classnames`. A
+    sample that cannot be used comes as
     {number, skipped: the reason}.
 
     Raises:
         ShardError: missing, empty or unsuitable shards.
-        ValueError: labels without a number of classes, or an unknown resize mode or interpolation.
+        ValueError: labels without names of classes, or an unknown resize mode or interpolation.
     """
 
     def __init__(
@@ -109,7 +109,6 @@ class EvaluationSet(SampleSet):
         image_keys: list[str],
         caption_key: str | None = None,
         label_key: str | None = None,
-        num_classes: int = 0,
         classnames: Sequence[str] = (),
         resize_mode: str = "squash",
         interpolation: str = "bicubic",
@@ -117,9 +116,8 @@ class EvaluationSet(SampleSet):
         several: bool = False,
         exif_orientation: bool = False,
     ) -> None:
-        num_classes = num_classes or len(classnames)
-        if label_key is not None and num_classes < 1:
-            raise ValueError(f"label_key '{label_key}' needs num_classes of at least 1")
+        if label_key is not None and not classnames:
+            raise ValueError(f"label_key '{label_key}' needs classnames")
         self.index = index_shards(expand_shards(shards))
         self.index.require("picture", image_keys)
         if caption_key is not None:
@@ -130,7 +128,7 @@ class EvaluationSet(SampleSet):
         members += [] if label_key is None else [member_of(label_key)]
         self.reader = ShardReader(self.index, [*members, *image_keys])
         self.image_keys, self.caption_key, self.label_key = image_keys, caption_key, label_key
-        self.num_classes, self.max_pixels, self.several = num_classes, max_pixels, several
+        self.num_classes, self.max_pixels, self.several = len(classnames), max_pixels, several
         self.exif_orientation = exif_orientation
         self.class_numbers, self._labels_hash = ClassNumbers(classnames), ""
         self.transform = eval_transform(image_size, resize_mode, interpolation)

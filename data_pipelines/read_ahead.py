@@ -16,8 +16,9 @@ T = TypeVar("T")
 class ReadAhead(Generic[T]):
     """Records of samples, read together where their bytes were fetched together.
 
-    Decoding a picture drives all other code out of the processor's caches. Reading a few samples
-    and then decoding them costs two thirds of doing both in turn, decoding itself apart.
+    Decoding a picture drives all other code out of the processor's caches, so reading a few samples
+    and then decoding them takes less time than doing both in turn (docs/results.md, "Decoding and
+    the stream").
 
     Args:
         read: gives the record of a sample, without drawing numbers, or raises FieldError or

@@ -111,7 +111,7 @@ def load_set(folder: Path) -> PictureSet:
         image_keys=["webp"],
         caption_key="txt",
         label_key="cls",
-        num_classes=len(names),
+        classnames=names,
     )
     samples = [dataset[number] for number in range(len(dataset))]
     return PictureSet(

@@ -105,7 +105,7 @@ def _evaluator(
     if item.shards and item.label_kind == "single" and not item.tasks:
         own = read_classnames(item.classnames) if item.classnames else classes
         if [*map(canonicalize_text, own)] == [*map(canonicalize_text, classes)]:
-            return ClassificationEvaluator(item, size, classes, mean, std)
+            return ClassificationEvaluator(item, size, own, mean, std)
         if not item.train_shards:
             raise ValueError(
                 f"evaluation set '{item.name or item.shards}' has other classnames ({len(own)})"

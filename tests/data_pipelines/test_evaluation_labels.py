@@ -70,7 +70,7 @@ def test_names_in_shards(open_shards: Any) -> None:
     [
         (b"fly", {}, "label 'fly', which is neither a number nor one of classnames: name the"),
         (b"bee", {"classnames": ["bee", "ant", "bee"]}, "label 'bee', which is neither"),
-        (b"bee", {"classnames": (), "num_classes": 4}, "label 'bee', which is neither"),
+        (b"bee", {"classnames": ["0", "1", "2", "3"]}, "label 'bee', which is neither"),
         (b"ant, red fly, 1", {"several": True}, "label 'red fly', which is neither"),
         (b"x" * 999, {}, "label 'x{59}…, which is neither"),
         (b'{"y": 1.5}', {"ext": "json", "label_key": "json:y"}, "label 1.5, which is neither"),

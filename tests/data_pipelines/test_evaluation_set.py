@@ -31,7 +31,7 @@ def open_set(captioned: str) -> Callable[..., EvaluationSet]:
 def test_samples_come_in_shard_order(
     open_set: Callable[..., EvaluationSet], picture: Picture
 ) -> None:
-    dataset = open_set(caption_key="txt", label_key="cls", num_classes=20)
+    dataset = open_set(caption_key="txt", label_key="cls", classnames=[f"c{n}" for n in range(20)])
     assert len(dataset) == 20
     batches = list(dataset.batches(6))
     assert [len(batch["key"]) for batch in batches] == [6, 6, 6, 2]
@@ -99,7 +99,7 @@ def test_unusable_samples_are_left_out_and_counted(make_shard: MakeShard, pictur
         ("g", {"png": picture(4), "cls": b"0"}),
     ]
     shards = str(make_shard("x.tar", samples))
-    dataset = EvaluationSet(shards, 8, image_keys=["png"], label_key="cls", num_classes=2)
+    dataset = EvaluationSet(shards, 8, image_keys=["png"], label_key="cls", classnames=["a", "b"])
     first, second, third, fourth = dataset.batches(2)
     assert first == {"skipped": Counter({"broken image": 1, "no label": 1})}
     assert (second["key"], second["skipped"]) == (["c"], Counter({"no cls member": 1}))
@@ -115,7 +115,7 @@ def test_a_label_out_of_range_is_an_error(
     samples = [("a", b"1"), ("b", b"%d" % label)]
     members = [(key, {"png": picture(0), "cls": content}) for key, content in samples]
     shards = str(make_shard("x.tar", members))
-    dataset = EvaluationSet(shards, 8, image_keys=["png"], label_key="cls", num_classes=2)
+    dataset = EvaluationSet(shards, 8, image_keys=["png"], label_key="cls", classnames=["a", "b"])
     with pytest.raises(ShardError) as caught:
         list(dataset.batches(2, workers=workers))
     assert str(caught.value) == (
@@ -135,8 +135,8 @@ def test_unsuitable_sets_are_refused(captioned: str) -> None:
     with pytest.raises(ShardError, match="the picture: looked for gif;"):
         EvaluationSet(captioned, 8, image_keys=["gif"])
     with pytest.raises(ShardError, match="the label: looked for json;"):
-        EvaluationSet(captioned, 8, image_keys=["png"], label_key="json:y", num_classes=2)
-    with pytest.raises(ValueError, match="label_key 'cls' needs num_classes of at least 1"):
+        EvaluationSet(captioned, 8, image_keys=["png"], label_key="json:y", classnames=["a", "b"])
+    with pytest.raises(ValueError, match="label_key 'cls' needs classnames"):
         EvaluationSet(captioned, 8, image_keys=["png"], label_key="cls")
     with pytest.raises(ValueError, match="choose squash or shortest"):
         EvaluationSet(captioned, 8, image_keys=["png"], resize_mode="pad")

@@ -20,7 +20,7 @@ from eval.embedding import KINDS, EmbeddedSet, cache_key, embed
 from eval.open_model import OpenedModel
 from eval.subject import Caller, Identity, Subject, from_opened
 
-LABELS = {"label_key": "cls", "num_classes": 4}
+LABELS = {"label_key": "cls", "classnames": ["a", "b", "c", "d"]}
 
 
 @dataclass

@@ -8,7 +8,6 @@ import sqlite3
 import time
 from collections.abc import Iterator
 from contextlib import closing
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -144,7 +143,6 @@ for resume in (None, folder / "checkpoints" / "step_00000002"):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(find_spec("trackio") is None, reason="trackio is not installed")
 def test_trackio_without_a_network(tmp_path: Path, run_python: Any) -> None:
     folder, kept = tmp_path / "run", tmp_path / "kept"
     offline = {"HF_HUB_OFFLINE": "1", "GRADIO_ANALYTICS_ENABLED": "False"}
