@@ -120,5 +120,5 @@ def test_gradient_checkpointing_has_the_same_loss_and_gradients(router: str) -> 
 
 
 def test_models_without_gradient_checkpointing_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="Sequential does not offer it"):
+    with pytest.raises(ValueError, match="gradient_checkpointing: Layers does not offer it"):
         make_trainer(tmp_path, gradient_checkpointing=True)
